@@ -1,0 +1,169 @@
+"""What a recorded dataflow means: folds, fusions, shared inputs, residual adds, heads, parameters read elsewhere.
+
+Each pattern is a function of a `Dataflow` and the model; nothing here changes the model.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bitwright.graph.dataflow import ADDS, Dataflow, Node
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten)
+_VIEWS = frozenset(
+    "view reshape transpose permute contiguous unsqueeze squeeze expand flatten unflatten to float type_as clone "
+    "detach dropout chunk split getitem select narrow movedim swapaxes get".split()
+)
+_OUTPUT_ONLY = frozenset("softmax log_softmax sigmoid log_sigmoid argmax".split())
+
+
+def fold_batchnorms(flow: Dataflow, model: nn.Module) -> dict[str, str]:
+    """``{conv or linear path: batch norm path}`` for pairs called once, where the norm is the only consumer.
+
+    >>> import torch
+    >>> from bitwright.graph.dataflow import record
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    >>> fold_batchnorms(record(model, torch.zeros(1, 3, 8, 8)), model)
+    {'0': '1'}
+    """
+    pairs = {}
+    for node in flow.nodes:
+        module = _module(node, model)
+        if not isinstance(module, WEIGHTED) or len(node.users) != 1 or node.index in flow.outputs:
+            continue
+        user = flow.nodes[node.users[0]]
+        norm = _module(user, model)
+        once = len(flow.calls(node.name)) == len(flow.calls(user.name)) == 1
+        if isinstance(norm, _NORMS) and norm.track_running_stats and once and _channels_match(module, norm, user):
+            pairs[node.name] = user.name
+    return pairs
+
+
+def _channels_match(module: nn.Module, norm: nn.Module, call: Node) -> bool:
+    """A norm normalises axis 1; a linear layer's channels are its last axis, which is the same one only in 2-D."""
+    return norm.num_features == module.weight.shape[0] and (  # type: ignore[union-attr, index]
+        not isinstance(module, nn.Linear) or len(call.shapes[0]) == 2
+    )
+
+
+def fusions(flow: Dataflow, model: nn.Module) -> list[tuple[str, ...]]:
+    """Chains that a runtime computes as one: Conv+BN, Conv+BN+ReLU, Conv+ReLU, Linear+ReLU, BN+ReLU.
+
+    A functional ReLU appears as ``relu``. Chains follow single consumers only.
+
+    >>> import torch
+    >>> from bitwright.graph.dataflow import record
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    >>> fusions(record(model, torch.zeros(1, 3, 8, 8)), model)
+    [('0', '1', '2')]
+    """
+    chains, taken = [], set()
+    for node in flow.nodes:
+        if node.index in taken or not isinstance(_module(node, model), (*WEIGHTED, *_NORMS)):
+            continue
+        chain = [node]
+        if follower := _only_user(flow, chain[-1]):
+            if isinstance(_module(node, model), WEIGHTED) and isinstance(_module(follower, model), _NORMS):
+                chain.append(follower)
+        follower = _only_user(flow, chain[-1])
+        if follower and _is_relu(follower, model):
+            chain.append(follower)
+        taken.update(part.index for part in chain)
+        if len(chain) > 1:
+            chains.append(tuple(part.name for part in chain))
+    return chains
+
+
+def shared_inputs(flow: Dataflow, paths: list[str]) -> list[list[str]]:
+    """Groups of module paths (out of ``paths``, each called once) that consume one and the same tensor."""
+    consumers: dict[int, list[str]] = {}
+    for node in flow.nodes:
+        if node.kind == "module" and node.name in paths and len(flow.calls(node.name)) == 1 and node.inputs:
+            consumers.setdefault(node.inputs[0], []).append(node.name)
+    return [group for group in consumers.values() if len(group) > 1]
+
+
+def residual_adds(flow: Dataflow, model: nn.Module) -> list[Node]:
+    """Functional adds of two activations of equal shape whose branches part at a common tensor and hold a weighted layer.
+
+    The shape of the graph decides, not the name: rotary embeddings and position embeddings add too.
+    """
+    found = []
+    for node in flow.nodes:
+        if node.kind != "function" or node.name not in ADDS or len(node.inputs) != 2:
+            continue
+        if node.shapes[0] != node.shapes[1] or node.inputs[0] == node.inputs[1]:
+            continue
+        left, right = (_ancestors(flow, source) for source in node.inputs)
+        branches = left ^ right
+        if left & right and any(isinstance(_module(flow.nodes[i], model), WEIGHTED) for i in branches):
+            found.append(node)
+    return found
+
+
+def feeds_layernorm(flow: Dataflow, node: Node, model: nn.Module) -> bool:
+    """Whether a consumer of ``node`` (through views) is a layer norm or RMS norm, which stays in float."""
+    for user in (flow.nodes[i] for i in node.users):
+        kind = type(_module(user, model)).__name__ if user.kind == "module" else user.name
+        if "LayerNorm" in kind or "RMSNorm" in kind or kind in ("layer_norm", "rms_norm"):
+            return True
+        if _is_view(user, model) and feeds_layernorm(flow, user, model):
+            return True
+    return False
+
+
+def classifiers(flow: Dataflow, model: nn.Module) -> list[str]:
+    """Linear layers whose output is a model output, directly or through views, softmax or sigmoid."""
+    found = []
+    for index in flow.outputs:
+        node = flow.nodes[index]
+        while node.inputs and (_is_view(node, model) or node.name in _OUTPUT_ONLY):
+            node = flow.nodes[node.inputs[0]]
+        if isinstance(_module(node, model), nn.Linear) and node.name not in found:
+            found.append(node.name)
+    return found
+
+
+def first_layers(flow: Dataflow, model: nn.Module) -> list[str]:
+    """Weighted layers that no other weighted layer or embedding feeds: they see the raw input."""
+    found = []
+    for node in flow.nodes:
+        if isinstance(_module(node, model), WEIGHTED) and node.inputs and node.name not in found:
+            above = _ancestors(flow, node.inputs[0])
+            if not any(isinstance(_module(flow.nodes[i], model), (*WEIGHTED, nn.Embedding)) for i in above):
+                found.append(node.name)
+    return found
+
+
+def bypassed_parameters(flow: Dataflow) -> dict[str, str]:
+    """``{parameter: function}`` for parameters that a function read while their module's forward was not running."""
+    return {name: node.name for node in flow.nodes for name in node.reads}
+
+
+def _module(node: Node, model: nn.Module) -> nn.Module | None:
+    return model.get_submodule(node.name) if node.kind == "module" else None
+
+
+def _is_view(node: Node, model: nn.Module) -> bool:
+    return isinstance(_module(node, model), _TRANSPARENT) or (node.kind == "function" and node.name in _VIEWS)
+
+
+def _is_relu(node: Node, model: nn.Module) -> bool:
+    return isinstance(_module(node, model), nn.ReLU) or (node.kind == "function" and node.name in ("relu", "relu_"))
+
+
+def _only_user(flow: Dataflow, node: Node) -> Node | None:
+    return flow.nodes[node.users[0]] if len(node.users) == 1 and node.index not in flow.outputs else None
+
+
+def _ancestors(flow: Dataflow, index: int) -> set[int]:
+    seen: set[int] = set()
+    queue = [index]
+    while queue:
+        current = queue.pop()
+        if current not in seen:
+            seen.add(current)
+            queue.extend(flow.nodes[current].inputs)
+    return seen

@@ -1,0 +1,57 @@
+"""Codes to bytes and back: the one layout on disk.
+
+Codes are stored as ``code - qmin`` (so 0 .. 2**bits - 1), as a little-endian bit stream: code i takes bits
+``[i * bits, (i + 1) * bits)``, where bit b of the stream is bit ``b % 8`` of byte ``b // 8``. For 4 bits the first code
+is the low nibble. Each row (last axis) starts on a byte. Ternary packs five codes in one byte as base-3 digits, first
+code least significant (3**5 = 243 <= 256): 1.6 bits per code. Float formats store their own two bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitwright.numerics.formats import Format
+
+_TRITS = (1, 3, 9, 27, 81)
+
+
+def pack(codes: Tensor, fmt: Format) -> Tensor:
+    """Pack integer-valued codes ``[..., n]`` into bytes ``uint8 [..., fmt.packed_bytes(n)]``.
+
+    >>> from bitwright.numerics.formats import FORMATS
+    >>> pack(torch.tensor([-8, 7, 0]), FORMATS["int4"]).tolist()
+    [240, 8]
+    """
+    if fmt.dtype is not None:
+        return codes.to(fmt.dtype).contiguous().view(torch.uint8)
+    unsigned = (codes.to(torch.int16) - fmt.qmin).to(torch.uint8)
+    if fmt.bits == 8:
+        return unsigned
+    if fmt.name == "ternary":
+        digits = F.pad(unsigned, (0, -unsigned.shape[-1] % 5)).unflatten(-1, (-1, 5))
+        return (digits * torch.tensor(_TRITS, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    bits = (unsigned.unsqueeze(-1) >> torch.arange(fmt.bits, dtype=torch.uint8)) & 1
+    stream = bits.flatten(-2)
+    stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
+    """Codes ``[..., count]`` of packed bytes: int16 (float32 for float formats); the inverse of `pack`.
+
+    >>> from bitwright.numerics.formats import FORMATS
+    >>> unpack(torch.tensor([240, 8], dtype=torch.uint8), FORMATS["int4"], 3).tolist()
+    [-8, 7, 0]
+    """
+    if fmt.dtype is not None:
+        return packed.contiguous().view(fmt.dtype).float()
+    if fmt.bits == 8:
+        return packed.to(torch.int16) + fmt.qmin
+    if fmt.name == "ternary":
+        digits = (packed.unsqueeze(-1) // torch.tensor(_TRITS, dtype=torch.uint8)) % 3
+        return digits.flatten(-2)[..., :count].to(torch.int16) + fmt.qmin
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    codes = bits.flatten(-2)[..., : count * fmt.bits].unflatten(-1, (count, fmt.bits))
+    return (codes << torch.arange(fmt.bits, dtype=torch.uint8)).sum(-1).to(torch.int16) + fmt.qmin

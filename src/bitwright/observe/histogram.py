@@ -1,0 +1,99 @@
+"""A histogram that never loses a count: bins of width 2**k at multiples of 2**k.
+
+When the data outgrows `BINS` bins, k goes up by one and neighbours merge, which is exact. Two histograms of different
+processes merge exactly too, after the finer one is coarsened. Memory stays below `BINS` counters for any stream, and
+the final state does not depend on the order of the data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitwright.errors import CalibrationError
+
+BINS = 4096
+_SMALLEST_EXPONENT = -100
+
+
+def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    """`torch.distributed.all_reduce` in place where a process group exists, else nothing."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, op)
+
+
+class Histogram:
+    """Counts of values in bins ``[i * 2**k, (i + 1) * 2**k)``, for ``i`` from ``first``; plus the true extremes."""
+
+    def __init__(self) -> None:
+        self.exponent = _SMALLEST_EXPONENT
+        self.first = 0
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.lo, self.hi = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
+
+    def update(self, x: Tensor) -> None:
+        """Count all elements of a finite tensor."""
+        x = x.detach().float().cpu().reshape(-1)
+        lo, hi = (bound.view(1) for bound in x.aminmax())
+        self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
+        self._fit(self.lo.item(), self.hi.item())
+        index = torch.floor(x.double() / 2.0**self.exponent).long() - self.first
+        self.counts += torch.bincount(index, minlength=len(self.counts))
+
+    def _fit(self, lo: float, hi: float) -> None:
+        """Choose the finest width at which [lo, hi] fits, and make room for it."""
+        exponent = self.exponent
+        if not len(self.counts):
+            exponent = max(math.frexp(max(hi - lo, abs(hi), 1e-30) / BINS)[1] - 1, _SMALLEST_EXPONENT)
+        while math.floor(hi / 2.0**exponent) - math.floor(lo / 2.0**exponent) >= BINS:
+            exponent += 1
+        self._coarsen(exponent)
+        first, last = math.floor(lo / 2.0**exponent), math.floor(hi / 2.0**exponent)
+        grown = torch.zeros(last - first + 1, dtype=torch.int64)
+        if len(self.counts):
+            grown[self.first - first : self.first - first + len(self.counts)] = self.counts
+        self.first, self.counts = first, grown
+
+    def _coarsen(self, exponent: int) -> None:
+        """Merge neighbours until bins are ``2**exponent`` wide."""
+        factor = 2 ** (exponent - self.exponent)
+        if len(self.counts) and factor > 1:
+            index = torch.div(torch.arange(len(self.counts)) + self.first, factor, rounding_mode="floor")
+            self.first = int(index[0])
+            merged = torch.zeros(int(index[-1]) - self.first + 1, dtype=torch.int64)
+            self.counts = merged.index_add_(0, index - self.first, self.counts)
+        self.exponent = exponent
+
+    def reduce(self) -> None:
+        """Sum the histograms of all ranks; every rank ends with the same state."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        exponent = torch.tensor([self.exponent if len(self.counts) else _SMALLEST_EXPONENT])
+        all_reduce(exponent, dist.ReduceOp.MAX)
+        all_reduce(self.lo, dist.ReduceOp.MIN)
+        all_reduce(self.hi, dist.ReduceOp.MAX)
+        self._coarsen(max(int(exponent), self.exponent))
+        if not len(self.counts):
+            self.first = math.floor(self.lo.item() / 2.0**self.exponent)
+        self._fit(self.lo.item(), self.hi.item())
+        all_reduce(self.counts, dist.ReduceOp.SUM)
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Bin centres and counts, float32, of the bins that are not empty; the outer centres are the true extremes."""
+        if not len(self.counts):
+            raise CalibrationError("this observer saw no values; give calibration at least one batch")
+        filled = torch.nonzero(self.counts).flatten()
+        centres = ((filled + self.first).double() + 0.5) * 2.0**self.exponent
+        centres = centres.float().clamp(self.lo, self.hi)
+        centres[0], centres[-1] = self.lo[0], self.hi[0]
+        return centres, self.counts[filled].float()
+
+    def quantile(self, share: float) -> Tensor:
+        """Smallest value below which ``share`` of the counts lie, to the width of a bin; shape ``[1]``."""
+        values, counts = self.points()
+        cumulative = counts.double().cumsum(0)
+        index = int(torch.searchsorted(cumulative, share * cumulative[-1]).clamp(max=len(values) - 1))
+        return values[index].view(1)

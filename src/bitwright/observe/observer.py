@@ -1,0 +1,151 @@
+"""Observers: a stream of tensors -> the range that static activation scales are chosen from.
+
+An observer sees every calibration batch once, in bounded memory, and answers with `QParams`. Under
+``torch.distributed`` its `reduce` makes all ranks agree before the answer is taken. Spelling in plans and on the
+command line: ``minmax``, ``ema`` or ``ema:0.99``, ``percentile`` or ``percentile:99.99``, ``mse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitwright.errors import SpecError
+from bitwright.numerics.affine import choose_qparams
+from bitwright.numerics.spec import QParams, QuantSpec
+from bitwright.observe.fit import search_range
+from bitwright.observe.histogram import Histogram, all_reduce
+
+
+class Observer(Protocol):
+    """Turns tensors into a range; one range for the whole tensor."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in one finite tensor of any shape."""
+        ...
+
+    def reduce(self) -> None:
+        """Make all ranks of a distributed run hold the state of the whole data."""
+        ...
+
+    def qparams(self, spec: QuantSpec) -> QParams:
+        """Scale and zero point, shape ``[1]``, for the range seen so far."""
+        ...
+
+
+OBSERVERS: dict[str, Callable[..., Observer]] = {}
+
+
+def register_observer(name: str) -> Callable[[type], type]:
+    """Class decorator that makes an observer available under ``name`` (optionally ``name:number``)."""
+
+    def add(cls: type) -> type:
+        if name in OBSERVERS:
+            raise SpecError(f"observer {name!r} is registered already")
+        OBSERVERS[name] = cls
+        return cls
+
+    return add
+
+
+def make_observer(text: str) -> Observer:
+    """A new observer from its spelling; raises `SpecError` for unknown names and unreadable numbers.
+
+    >>> type(make_observer("percentile:99.9")).__name__
+    'Percentile'
+    """
+    name, _, argument = text.partition(":")
+    if name not in OBSERVERS:
+        raise SpecError(f"unknown observer {text!r}; known observers: {', '.join(sorted(OBSERVERS))}")
+    try:
+        return OBSERVERS[name](*([float(argument)] if argument else []))
+    except (TypeError, ValueError) as cause:
+        raise SpecError(f"cannot read observer {text!r}: {cause}") from cause
+
+
+@register_observer("minmax")
+class MinMax:
+    """The smallest and largest value ever seen: nothing is clipped, outliers decide."""
+
+    def __init__(self) -> None:
+        self.lo, self.hi = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
+
+    def update(self, x: Tensor) -> None:  # noqa: D102
+        lo, hi = x.aminmax()
+        self.lo, self.hi = torch.minimum(self.lo, lo.float().cpu()), torch.maximum(self.hi, hi.float().cpu())
+
+    def reduce(self) -> None:  # noqa: D102
+        all_reduce(self.lo, dist.ReduceOp.MIN)
+        all_reduce(self.hi, dist.ReduceOp.MAX)
+
+    def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
+        return choose_qparams(self.lo, self.hi, spec)
+
+
+@register_observer("ema")
+class Ema:
+    """Exponential moving average of batch extremes: ``r <- a r + (1 - a) r_batch``; the first batch sets r.
+
+    With ``a`` = 0.99 it remembers about the last 69 batches: meant for training, not for a short calibration.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"the decay must lie between 0 and 1, got {decay}")
+        self.decay = decay
+        self.range: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:  # noqa: D102
+        batch = torch.stack(x.aminmax()).float().cpu()
+        self.range = batch if self.range is None else self.decay * self.range + (1 - self.decay) * batch
+
+    def reduce(self) -> None:  # noqa: D102
+        if self.range is not None and dist.is_available() and dist.is_initialized():
+            all_reduce(self.range, dist.ReduceOp.SUM)
+            self.range /= dist.get_world_size()
+
+    def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
+        lo, hi = torch.zeros(2) if self.range is None else self.range
+        return choose_qparams(lo.view(1), hi.view(1), spec)
+
+
+@register_observer("percentile")
+class Percentile:
+    """The range that holds ``percent`` % of all values, half of the rest cut at either end."""
+
+    def __init__(self, percent: float = 99.99) -> None:
+        if not 50 < percent <= 100:
+            raise ValueError(f"the percentile must lie above 50 and at most at 100, got {percent}")
+        self.tail = (100 - percent) / 200
+        self.histogram = Histogram()
+
+    def update(self, x: Tensor) -> None:  # noqa: D102
+        self.histogram.update(x)
+
+    def reduce(self) -> None:  # noqa: D102
+        self.histogram.reduce()
+
+    def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
+        return choose_qparams(self.histogram.quantile(self.tail), self.histogram.quantile(1 - self.tail), spec)
+
+
+@register_observer("mse")
+class Mse:
+    """The clipping range with the least mean squared quantization error, found on a histogram."""
+
+    def __init__(self) -> None:
+        self.histogram = Histogram()
+
+    def update(self, x: Tensor) -> None:  # noqa: D102
+        self.histogram.update(x)
+
+    def reduce(self) -> None:  # noqa: D102
+        self.histogram.reduce()
+
+    def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
+        values, counts = self.histogram.points()
+        return search_range(values.unsqueeze(0), spec, counts.unsqueeze(0))

@@ -1,0 +1,198 @@
+"""Presets: named starting points, and the walk over a recorded model that turns one into a decision per site.
+
+A preset is five lines of data. What it leaves in float, and why, is written into the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from bitwright.errors import ModelError, NumericsError, PlanError
+from bitwright.graph import patterns
+from bitwright.graph.dataflow import ADDS, Dataflow, record
+from bitwright.graph.rewrite import why_not_nameable
+from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.site import SLOTS, Site, operator_of, unknown_subclass
+from bitwright.plan.target import Target
+
+Pair = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Specs (weight, input) by operator; ``first`` for layers that see the raw input, None = like the others."""
+
+    linear: Pair
+    conv: Pair
+    embedding: str
+    add: str | None
+    first: Pair | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "w8a8": Preset(("int8/channel", "uint8/asym"), ("int8/channel", "uint8/asym"), "int8/channel", "uint8/asym"),
+    "w8a8-dynamic": Preset(
+        ("int8/channel", "int8/token/dynamic"), ("int8/channel", "uint8/asym/dynamic"), "int8/channel", None
+    ),
+    "w4a8": Preset(
+        ("int4/channel", "uint8/asym"),
+        ("int4/channel", "uint8/asym"),
+        "int8/channel",
+        "uint8/asym",
+        first=("int8/channel", "uint8/asym"),
+    ),
+    "w4a4": Preset(
+        ("int4/channel", "uint4/asym"),
+        ("int4/channel", "uint4/asym"),
+        "int8/channel",
+        "uint8/asym",
+        first=("int8/channel", "uint8/asym"),
+    ),
+    "w4a16": Preset(("int4/group128", None), ("int4/channel", None), "int8/channel", None),
+    "fp16": Preset(("fp16", None), ("fp16", None), "fp16", None),
+}
+
+
+@dataclass
+class Proposal:
+    """The parts of a plan that come from running the model: decisions, reasons and structure."""
+
+    sites: dict[Site, QuantSpec | None] = field(default_factory=dict)
+    why: dict[Site, str] = field(default_factory=dict)
+    folds: dict[str, str] = field(default_factory=dict)
+    shared: dict[Site, Site] = field(default_factory=dict)
+
+
+def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Mapping[str, object]) -> Proposal:
+    """Run ``model`` once on ``example`` and give every site the preset's spec, or float with the reason.
+
+    ``rules`` are the user's own site rules; they are applied later, here they only excuse unknown layer classes.
+    Raises `PlanError` for an unknown preset, `ModelError` for unknown subclasses of known layers.
+    """
+    if name not in PRESETS:
+        raise PlanError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    preset, flow, out = PRESETS[name], record(model, example), Proposal()
+    kept = _kept_in_float(flow, model)
+    first = patterns.first_layers(flow, model)
+    for path, module in model.named_modules():
+        if known := unknown_subclass(module):
+            _keep_unknown(out, path, module, known, kept, rules)
+        elif op := operator_of(module):
+            _decide(out, name, preset, path, module, op, kept.get(path, ""), path in first)
+    _add_residuals(out, flow, model, preset, target)
+    out.folds = {conv: norm for conv, norm in patterns.fold_batchnorms(flow, model).items() if _quantized(out, conv)}
+    _share(out, flow, model)
+    return out
+
+
+def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:
+    """``{path: reason}`` for layers whose quantization would be wrong or bypassed, classifiers, and their tied twins."""
+    kept = dict.fromkeys(patterns.classifiers(flow, model), "the classifier stays in float by default")
+    for parameter, function in patterns.bypassed_parameters(flow).items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight":
+            kept[path] = f"its weight is read by {function} behind the module's back"
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if operator_of(module) and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(path)
+    for paths in owners.values():
+        reason = next((kept[path] for path in paths if path in kept), None)
+        for path in paths:
+            if reason and path not in kept:
+                kept[path] = f"tied to {next(p for p in paths if p in kept)}: {reason}"
+    return kept
+
+
+def _keep_unknown(
+    out: Proposal, path: str, module: nn.Module, known: type, kept: dict[str, str], rules: Mapping[str, object]
+) -> None:
+    asked_float = any(fnmatchcase(f"{path}.weight", rule) and spec in (None, "float") for rule, spec in rules.items())
+    if path not in kept and not asked_float:
+        raise ModelError(
+            f"{path} is {type(module).__name__}, a subclass of nn.{known.__name__} whose forward bitwright does not "
+            f"know; register it with bitwright.register_module, or keep it in float with sites={{'{path}.*': 'float'}}"
+        )
+    for slot in SLOTS["linear"]:
+        out.sites[Site(path, slot)] = None
+        out.why[Site(path, slot)] = kept.get(path, f"{type(module).__name__} has no quantized form")
+
+
+def _decide(
+    out: Proposal, name: str, preset: Preset, path: str, module: nn.Module, op: str, kept: str, first: bool
+) -> None:
+    weight, input = preset.embedding if op == "embedding" else None, preset.add if op == "add" else None
+    why = f"preset {name}"
+    if op in ("linear", "conv"):
+        weight, input = preset.linear if op == "linear" else preset.conv
+        if first and preset.first is not None:
+            (weight, input), why = preset.first, f"preset {name}: a layer that sees the raw input keeps 8 bits"
+    if kept:
+        weight, input, why = None, None, kept
+    for slot in SLOTS[op]:
+        site = Site(path, slot)
+        spec = weight if site.is_weight else input
+        out.sites[site], out.why[site] = None if spec is None else QuantSpec.parse(spec), why
+        if site.is_weight and spec is not None:
+            _fit_group(out, site, module)
+
+
+def _fit_group(out: Proposal, site: Site, module: nn.Module) -> None:
+    """A preset's group size that does not divide the layer becomes one scale per channel, said in the plan."""
+    spec = out.sites[site]
+    assert spec is not None
+    weight = module.get_parameter("weight")
+    try:
+        spec.granularity.scale_shape(weight.shape)
+    except NumericsError:
+        out.sites[site] = QuantSpec.parse(f"{spec.format}/channel")
+        out.why[site] += f": {spec} does not divide {weight.shape[-1]} inputs, one scale per channel instead"
+
+
+def _add_residuals(out: Proposal, flow: Dataflow, model: nn.Module, preset: Preset, target: Target) -> None:
+    for node in patterns.residual_adds(flow, model):
+        owner = model.get_submodule(node.owner)
+        count = 1 + max(n.ordinal for n in flow.nodes if n.owner == node.owner and n.name in ADDS)
+        spec, why = None if preset.add is None else QuantSpec.parse(preset.add), "residual add"
+        if spec is not None:
+            if patterns.feeds_layernorm(flow, node, model):
+                spec, why = None, "residual add into a layer norm, which stays in float"
+            elif not target.quantizes_adds:
+                spec, why = None, f"target {target.name} does not quantize adds"
+            elif reason := why_not_nameable(owner, count):
+                spec, why = None, f"residual add that cannot be named: {reason}; write it as bitwright.Add"
+        path = f"{node.owner}.add_{node.ordinal}".removeprefix(".")
+        for slot in SLOTS["add"]:
+            out.sites[Site(path, slot)], out.why[Site(path, slot)] = spec, why
+
+
+def _quantized(out: Proposal, path: str) -> bool:
+    return out.sites.get(Site(path, "weight")) is not None
+
+
+def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
+    """Consumers of one tensor with one spec share one quantizer; so do tied weights."""
+    consumers: dict[int, list[Site]] = {}
+    for node in flow.nodes:
+        path = node.name if node.kind == "module" else f"{node.owner}.add_{node.ordinal}".removeprefix(".")
+        if node.kind == "module" and len(flow.calls(path)) > 1:
+            continue
+        slots = ("input",) if Site(path, "input") in out.sites else SLOTS["add"]
+        for slot, source in zip(slots, node.inputs, strict=False):
+            site = Site(path, slot)
+            if (spec := out.sites.get(site)) is not None and not spec.dynamic:
+                consumers.setdefault(source, []).append(site)
+    weights: dict[int, list[Site]] = {}
+    for site, spec in out.sites.items():
+        if site.is_weight and spec is not None:
+            weights.setdefault(id(model.get_submodule(site.path).weight), []).append(site)
+    for group in (*consumers.values(), *weights.values()):
+        for site in group[1:]:
+            leader = next(other for other in group if out.sites[other] == out.sites[site])
+            if leader != site:
+                out.shared[site] = leader

@@ -1,0 +1,107 @@
+"""Checks a plan against a model and its target before anything is changed.
+
+Every message names the site, what was asked, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bitwright.errors import ModelError, NumericsError, PlanError
+from bitwright.graph.rewrite import Add
+from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.site import SLOTS, Site, matching, operator_of, unknown_subclass
+from bitwright.plan.target import get_target, spelled
+
+if TYPE_CHECKING:
+    from bitwright.plan.plan import Plan
+
+
+def validate(plan: Plan, model: nn.Module) -> None:
+    """Raise `PlanError` or `ModelError` unless every decision of ``plan`` can run on ``model`` and its target."""
+    if not any(operator_of(module) for module in model.modules()) and not plan.sites:
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise ModelError(
+            f"nothing to quantize: {type(model).__name__} has no Linear, Conv1d, Conv2d, Embedding or "
+            f"bitwright.Add module; it is made of {', '.join(kinds)}"
+        )
+    for path in dict.fromkeys(site.path for site in plan.sites):
+        _check_layer(plan, model, path)
+    for conv, norm in plan.folds.items():
+        for path in (conv, norm):
+            _submodule(model, path, f"[folds] {conv} = {norm}")
+    if not any(spec is not None for spec in plan.sites.values()):
+        reasons = sorted({plan.why.get(site, "the plan says float") for site in plan.sites})
+        raise PlanError(
+            f"nothing was quantized: all {len(plan.sites)} sites stay in float ({'; '.join(reasons)}); give at least "
+            "one weight a format, e.g. sites={'*.weight': 'int8/channel', '*.input': 'uint8/asym'}"
+        )
+
+
+def _check_layer(plan: Plan, model: nn.Module, path: str) -> None:
+    slots = [site.slot for site in plan.sites if site.path == path]
+    weight, input = plan.sites.get(Site(path, "weight")), plan.sites.get(Site(path, "input"))
+    if path.rpartition(".")[2].startswith("add_") and "input.0" in slots:
+        _submodule(model, path.rpartition(".")[0], f"{path}.input.0")
+        op, module = "add", None
+    else:
+        module = _submodule(model, path, f"{path}.{slots[0]}")
+        op = operator_of(module) or ""
+        if not op and (weight is None and input is None):
+            return
+        if not op:
+            raise PlanError(_no_quantized_form(path, module))
+    for slot in slots:
+        if slot not in SLOTS[op]:
+            raise PlanError(f"{path}.{slot}: {op} layers have the sites {', '.join(SLOTS[op])}; remove this line")
+    inputs = [plan.sites.get(Site(path, slot)) for slot in SLOTS[op] if slot != "weight"] or [None]
+    if op == "add" and (inputs[0] is None) != (inputs[-1] is None):
+        raise PlanError(f"{path}: a residual add is quantized on both inputs or on none; set {path}.* to one of them")
+    if module is not None and not isinstance(module, Add) and weight is not None:
+        _check_weight(Site(path, "weight"), weight, module)
+    if weight is None and all(spec is None for spec in inputs):
+        return
+    target = get_target(plan.target)
+    for spec in inputs:
+        if not target.covers(op, weight, spec):
+            raise PlanError(
+                f"{path}: target {target.name} has no {op} kernel for weight {spelled(weight)} with input "
+                f"{spelled(spec)}; it has {target.choices(op)}"
+            )
+
+
+def _check_weight(site: Site, spec: QuantSpec, module: nn.Module) -> None:
+    shape = module.get_parameter("weight").shape
+    if spec.dynamic:
+        raise PlanError(f"{site}: {spec} is dynamic, but weights are stored; remove /dynamic")
+    if spec.scale is not None:
+        raise PlanError(f"{site}: no layer stores quantized scales ({spec}); remove /scale(...)")
+    if spec.granularity.kind == "group" and len(shape) != 2:
+        raise PlanError(f"{site}: {spec} groups need a 2-d weight, found {list(shape)}; use {spec.format}/channel")
+    try:
+        spec.granularity.scale_shape(shape)
+    except NumericsError as cause:
+        raise PlanError(f"{site}: {cause}, or set the site to 'float'") from cause
+
+
+def _no_quantized_form(path: str, module: nn.Module) -> str:
+    if known := unknown_subclass(module):
+        return (
+            f"{path} is {type(module).__name__}, an unknown subclass of nn.{known.__name__}; register it with "
+            "bitwright.register_module or set its sites to 'float'"
+        )
+    return f"{path} is {type(module).__name__}, which has no quantized form; remove its sites or set them to 'float'"
+
+
+def _submodule(model: nn.Module, path: str, asked_by: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if path not in modules:
+        sites = [Site(name, "weight") for name, m in modules.items() if operator_of(m)]
+        try:
+            matching(f"{path}.weight", sites)
+        except PlanError as near:
+            raise PlanError(f"the plan names {asked_by}, but the model has no module {path!r}: {near}") from None
+        raise PlanError(f"the plan names {asked_by}, but the model has no module {path!r}")
+    return modules[path]
