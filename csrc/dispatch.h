@@ -1,0 +1,118 @@
+// What the drivers (linear.cpp, conv.cpp, elementwise.cpp) and the three instruction sets share: plain structs and one table
+// of function pointers per instruction set. No templates and no inline functions here: a header that is compiled with
+// different -m flags must not emit shared code, or the linker could keep the AVX-512 copy for every machine.
+//
+// Packed weights (the same bytes for every instruction set)
+//   A block is 16 consecutive output rows. Inside a block k advances in steps of 4: one step is 16 rows x 4 consecutive k,
+//   row-major, so 64 bytes hold the codes of lane r at bytes 4r..4r+3. Blocks follow each other, each `block_bytes` long.
+//     8 bit: 64 bytes = one step; signed codes w.
+//     4 bit: 64 bytes = two steps; unsigned w + 8, the low nibble is the even step, the high nibble the odd one.
+//     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
+//   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the padding holds the
+//   code 0. Convolutions: see conv.cpp.
+//
+// Quantized activations are bytes
+//   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no row sums, and
+//   padding weights (0) make any padding activation harmless.
+//   4 and 2 bit weights: code - (qmax > 127 ? 128 : 0), signed, padded with 0; here the weights are the unsigned side, which
+//   saves their sign extension, and the row term carries 8 (or 2) times the sum of the row.
+//   Either way   sum_k (code - z) * w  =  dot - constant - zero * w_sum   modulo 2^32, with the terms of `RowTerms`.
+#pragma once
+
+#include <cstdint>
+
+namespace bitwright {
+
+constexpr int64_t kLanes = 16;       // output rows of a block, lanes of every logical vector
+constexpr int64_t kGroupBytes = 64;  // one load of weights
+
+// byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This equals the
+// definition clamp(rint(x / scale) + z, qmin, qmax): rounding is monotone and the bounds are integers.
+struct Quantizer {
+    float scale;
+    float low;
+    float high;
+    int32_t offset;
+};
+
+// y = float(dot - constant - zero * w_sum) * (scale * w_scale) + bias
+struct RowTerms {
+    float scale;
+    int32_t zero;
+    int32_t constant;
+};
+
+// A strip: `rows` rows of activations at a constant distance, times blocks of packed weights. The k axis may be cut into
+// `runs` of equal length whose positions relative to the row are listed (a convolution reads its window in place).
+struct Gemm {
+    const uint8_t* x;
+    int64_t x_stride;
+    int64_t rows;
+    const int64_t* run_offsets;
+    int64_t runs;
+    int64_t run_groups;  // weight groups per run
+    const uint8_t* w;
+    int64_t block_bytes;
+    int64_t columns;  // outputs that exist (the last block may be padding)
+    const float* w_scale;
+    const int32_t* w_sum;
+    const float* bias;  // or null
+    const RowTerms* terms;
+    int64_t terms_stride;  // 0: one entry for all rows
+    float* y;
+    int64_t y_stride;
+};
+
+// Up to four channels of an image, read at `channel_stride` and written as 4 interleaved bytes per pixel.
+struct Planes {
+    const float* source;
+    int64_t channel_stride;
+    int64_t pixel_stride;
+    int64_t channels;
+    int64_t pixels;
+    const int64_t* offsets;  // of each pixel in the destination
+    uint8_t* destination;
+};
+
+// One row of output pixels of a depthwise convolution. Taps are byte offsets from the pixel; weights are [taps][w_stride] with
+// w_stride = channels rounded up to 16. Activations must be readable for 16 bytes from any channel.
+struct Depthwise {
+    const uint8_t* x;
+    int64_t x_stride;
+    int64_t pixels;
+    const int64_t* tap_offsets;
+    int64_t taps;
+    const int8_t* w;
+    int64_t w_stride;
+    int64_t channels;
+    const float* w_scale;
+    const int32_t* w_sum;
+    const float* bias;  // or null
+    RowTerms terms;
+    float* y;
+};
+
+struct Kernels {
+    float (*absmax)(const float* x, int64_t count);
+    // Returns the sum of the bytes read as signed numbers before truncation.
+    int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
+    void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
+    void (*gemm[3])(const Gemm& gemm, int64_t block_begin, int64_t block_end);  // 8, 4, 2 bit weights
+    void (*depthwise)(const Depthwise& job);
+    void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out);
+    int64_t tile_blocks;  // blocks that the matrix kernel takes at once
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+
+bool has_avx2();
+bool has_avx512_vnni();
+
+// The table of an instruction set; throws std::invalid_argument where this build or this machine lacks it.
+const Kernels& kernels(int isa);
+
+}  // namespace bitwright

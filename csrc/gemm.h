@@ -1,0 +1,151 @@
+// The matrix kernel, a template over an instruction set and the width of the weights. A tile is ROWS activation rows times
+// BLOCKS weight blocks kept in registers over the whole k axis; each weight load serves all rows of the tile and each
+// broadcast of 4 activation bytes serves all blocks. Layouts: dispatch.h. Any number of rows and of output columns is allowed;
+// activations must be readable up to the end of their last group.
+#pragma once
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace bitwright {
+
+// Column constants of one block. Loads of a block that is cut by the end of the matrix go through a padded copy.
+template <class S>
+struct Columns {
+    typename S::F scale;
+    typename S::F bias;
+    typename S::I sum;
+    int64_t count;
+
+    BW_INLINE Columns(const float* w_scale, const int32_t* w_sum, const float* w_bias, int64_t first, int64_t columns) {
+        count = columns - first < kLanes ? columns - first : kLanes;
+        if (count == kLanes) {
+            scale = S::load(w_scale + first);
+            sum = S::load_int(w_sum + first);
+            bias = w_bias != nullptr ? S::load(w_bias + first) : S::set(0.0f);
+            return;
+        }
+        float scales[kLanes] = {};
+        float biases[kLanes] = {};
+        int32_t sums[kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            scales[i] = w_scale[first + i];
+            sums[i] = w_sum[first + i];
+            biases[i] = w_bias != nullptr ? w_bias[first + i] : 0.0f;
+        }
+        scale = S::load(scales);
+        sum = S::load_int(sums);
+        bias = S::load(biases);
+    }
+
+    // Undo the offsets, scale, add the bias: one rounding per operation.
+    BW_INLINE void finish(typename S::I dot, const RowTerms& terms, bool has_bias, float* y) const {
+        const typename S::I shift = S::add_int(S::set_int(terms.constant), S::mul_int(S::set_int(terms.zero), sum));
+        typename S::F value = S::mul(S::to_float(S::sub_int(dot, shift)), S::mul(S::set(terms.scale), scale));
+        if (has_bias) value = S::add(value, bias);
+        if (count == kLanes) {
+            S::store(y, value);
+        } else {
+            float lanes[kLanes];
+            S::store(lanes, value);
+            for (int64_t i = 0; i < count; ++i) y[i] = lanes[i];
+        }
+    }
+};
+
+// One group of weights: 8 / BITS steps of 4 inputs against every row.
+template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
+BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const uint8_t* x, int64_t stride, typename S::I (&acc)[BLOCKS][ROWS]) {
+    decltype(S::template unpack<BITS, STEP>(raw[0])) w[BLOCKS];
+    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) w[b] = S::template unpack<BITS, STEP>(raw[b]);
+    BW_UNROLL for (int r = 0; r < ROWS; ++r) {
+        const auto four = S::template broadcast<BITS>(x + r * stride + 4 * STEP);
+        BW_UNROLL for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<BITS>(acc[b][r], w[b], four);
+    }
+    if constexpr (STEP + 1 < 8 / BITS) step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
+}
+
+template <class S, int BITS, int ROWS, int BLOCKS>
+void tile(const Gemm& g, int64_t row, int64_t block) {
+    constexpr int64_t kInputs = 4 * (8 / BITS);
+    typename S::I acc[BLOCKS][ROWS];
+    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
+        BW_UNROLL for (int r = 0; r < ROWS; ++r) acc[b][r] = S::set_int(0);
+    }
+    const uint8_t* rows = g.x + row * g.x_stride;
+    const uint8_t* w = g.w + block * g.block_bytes;
+    for (int64_t run = 0; run < g.runs; ++run) {
+        const uint8_t* x = rows + g.run_offsets[run];
+        for (int64_t i = 0; i < g.run_groups; ++i) {
+            typename S::Raw raw[BLOCKS];
+            BW_UNROLL for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * g.block_bytes);
+            step<S, BITS, ROWS, BLOCKS, 0>(raw, x, g.x_stride, acc);
+            x += kInputs;
+            w += kGroupBytes;
+        }
+    }
+    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
+        const int64_t first = (block + b) * kLanes;
+        const Columns<S> columns(g.w_scale, g.w_sum, g.bias, first, g.columns);
+        BW_UNROLL for (int r = 0; r < ROWS; ++r) {
+            const RowTerms& terms = g.terms[(row + r) * g.terms_stride];
+            columns.finish(acc[b][r], terms, g.bias != nullptr, g.y + (row + r) * g.y_stride + first);
+        }
+    }
+}
+
+// The tile for a run-time number of rows in 1..ROWS.
+template <class S, int BITS, int BLOCKS, int ROWS>
+BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block) {
+    if (rows == ROWS) {
+        tile<S, BITS, ROWS, BLOCKS>(g, row, block);
+    } else if constexpr (ROWS > 1) {
+        tile_of<S, BITS, BLOCKS, ROWS - 1>(g, row, rows, block);
+    }
+}
+
+// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not 12 + 2.
+template <class S, int BITS>
+void gemm_strip(const Gemm& g, int64_t begin, int64_t end) {
+    const int64_t tiles = (g.rows + S::kTileRows - 1) / S::kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = g.rows * t / tiles;
+        const int64_t rows = g.rows * (t + 1) / tiles - row;
+        int64_t block = begin;
+        for (; block + S::kTileBlocks <= end; block += S::kTileBlocks) {
+            tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block);
+        }
+        for (; block < end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block);
+    }
+}
+
+// Depthwise: 16 channels are the lanes. Several pixels share each load of the weights.
+template <class S, int PIXELS>
+BW_INLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns) {
+    typename S::I acc[PIXELS];
+    BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
+    const uint8_t* x = d.x + pixel * d.x_stride + channel;
+    const int8_t* w = d.w + channel;
+    for (int64_t tap = 0; tap < d.taps; ++tap, w += d.w_stride) {
+        const typename S::I weight = S::load_s8(w);
+        BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
+            acc[p] = S::mul_add(acc[p], S::load_u8(x + p * d.x_stride + d.tap_offsets[tap]), weight);
+        }
+    }
+    BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
+        columns.finish(acc[p], d.terms, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);
+    }
+}
+
+template <class S>
+void depthwise_row(const Depthwise& d) {
+    constexpr int kPixels = 4;
+    for (int64_t channel = 0; channel < d.channels; channel += kLanes) {
+        const Columns<S> columns(d.w_scale, d.w_sum, d.bias, channel, d.channels);
+        int64_t pixel = 0;
+        for (; pixel + kPixels <= d.pixels; pixel += kPixels) depthwise_pixels<S, kPixels>(d, pixel, channel, columns);
+        for (; pixel < d.pixels; ++pixel) depthwise_pixels<S, 1>(d, pixel, channel, columns);
+    }
+}
+
+}  // namespace bitwright

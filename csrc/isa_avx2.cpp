@@ -1,0 +1,120 @@
+// AVX2: a logical vector is a pair of ymm registers. vpmaddubsw saturates its 16-bit sums for 8-bit weights, so those are split
+// into even and odd bytes of 16 bits each and multiplied with vpmaddwd, which is exact; 4- and 2-bit weights stay below the
+// limit (2 * 15 * 128 = 3840). Tiles of 4 rows x 1 block: 8 accumulators. Layouts in dispatch.h; unaligned access throughout.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace bitwright {
+namespace {
+
+struct Avx2 {
+    struct F {
+        __m256 lo, hi;
+    };
+    struct I {
+        __m256i lo, hi;
+    };
+    using Raw = I;
+    struct Split {  // 8-bit weights, widened
+        __m256i lo_even, lo_odd, hi_even, hi_odd;
+    };
+    struct Four {  // four broadcast activations, widened
+        __m256i even, odd;
+    };
+    static constexpr int kTileRows = 4;
+    static constexpr int kTileBlocks = 1;
+
+    static BW_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+    static BW_INLINE F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+    static BW_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static BW_INLINE void store(float* p, F v) {
+        _mm256_storeu_ps(p, v.lo);
+        _mm256_storeu_ps(p + 8, v.hi);
+    }
+    static BW_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+    static BW_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+    static BW_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+    static BW_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+    static BW_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+    static BW_INLINE F abs(F a) {
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+    }
+    static BW_INLINE __m256i round_half(__m256 a) {
+        return _mm256_cvtps_epi32(_mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static BW_INLINE I round(F a) { return {round_half(a.lo), round_half(a.hi)}; }
+    static BW_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
+    static BW_INLINE I set_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+    static BW_INLINE I load_int(const int32_t* p) { return {load_half(p), load_half(p + 8)}; }
+    static BW_INLINE void store_int(int32_t* p, I v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.lo);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.hi);
+    }
+    static BW_INLINE I add_int(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+    static BW_INLINE I sub_int(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+    static BW_INLINE I mul_int(I a, I b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
+    static BW_INLINE I shift_byte(I a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
+    static BW_INLINE void store_bytes(uint8_t* p, I v) {
+        const __m256i mask = _mm256_set1_epi32(255);
+        const __m256i words = _mm256_packus_epi32(_mm256_and_si256(v.lo, mask), _mm256_and_si256(v.hi, mask));
+        const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);  // packing works per 128-bit lane
+        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
+    static BW_INLINE __m128i eight(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+    static BW_INLINE I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(eight(p)), _mm256_cvtepu8_epi32(eight(p + 8))}; }
+    static BW_INLINE I load_s8(const int8_t* p) { return {_mm256_cvtepi8_epi32(eight(p)), _mm256_cvtepi8_epi32(eight(p + 8))}; }
+    // The upper half of each x lane is 0, so the 16-bit pair product is x * w.
+    static BW_INLINE I mul_add(I acc, I x, I w) {
+        return add_int(acc, {_mm256_madd_epi16(x.lo, w.lo), _mm256_madd_epi16(x.hi, w.hi)});
+    }
+
+    static BW_INLINE Raw load_raw(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
+    template <int BITS, int STEP>
+    static BW_INLINE auto unpack(Raw raw) {
+        if constexpr (BITS == 8) {
+            return Split{_mm256_srai_epi16(_mm256_slli_epi16(raw.lo, 8), 8), _mm256_srai_epi16(raw.lo, 8),
+                         _mm256_srai_epi16(_mm256_slli_epi16(raw.hi, 8), 8), _mm256_srai_epi16(raw.hi, 8)};
+        } else {
+            const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
+            return I{_mm256_and_si256(_mm256_srli_epi16(raw.lo, STEP * BITS), mask),
+                     _mm256_and_si256(_mm256_srli_epi16(raw.hi, STEP * BITS), mask)};
+        }
+    }
+    template <int BITS>
+    static BW_INLINE auto broadcast(const uint8_t* p) {
+        int32_t four;
+        std::memcpy(&four, p, 4);
+        const __m256i x = _mm256_set1_epi32(four);
+        if constexpr (BITS == 8) {
+            return Four{_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+        } else {
+            return x;
+        }
+    }
+    template <int BITS>
+    static BW_INLINE I dot(I acc, const Split& w, const Four& x) {
+        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.lo_even, x.even));
+        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi_even, x.even));
+        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.lo_odd, x.odd));
+        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi_odd, x.odd));
+        return acc;
+    }
+    template <int BITS>
+    static BW_INLINE I dot(I acc, const I& w, __m256i x) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, x), ones));
+        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, x), ones));
+        return acc;
+    }
+};
+
+}  // namespace
+
+const Kernels* avx2_kernels() { return table<Avx2>(); }
+
+}  // namespace bitwright

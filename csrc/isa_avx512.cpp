@@ -1,0 +1,72 @@
+// AVX-512 with VNNI: a logical vector is one zmm register, vpdpbusd multiplies unsigned by signed bytes and adds four products
+// to a 32-bit lane without saturation. Tiles of 12 rows x 2 blocks: 24 accumulators, two weights and the broadcasts fill the 32
+// registers. Needs avx512f, bw, vl and vnni. Reads and writes are unaligned; layouts in dispatch.h.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace bitwright {
+namespace {
+
+struct Avx512 {
+    using F = __m512;
+    using I = __m512i;
+    using Raw = __m512i;
+    static constexpr int kTileRows = 12;
+    static constexpr int kTileBlocks = 2;
+
+    static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
+    static BW_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+    static BW_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+    static BW_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static BW_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static BW_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static BW_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static BW_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static BW_INLINE F abs(F a) { return _mm512_abs_ps(a); }
+    static BW_INLINE I round(F a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static BW_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+
+    static BW_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+    static BW_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+    static BW_INLINE void store_int(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+    static BW_INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+    static BW_INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static BW_INLINE I mul_int(I a, I b) { return _mm512_mullo_epi32(a, b); }
+    static BW_INLINE I shift_byte(I a) { return _mm512_slli_epi32(a, 8); }
+    static BW_INLINE void store_bytes(uint8_t* p, I v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+    }
+    static BW_INLINE I load_u8(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static BW_INLINE I load_s8(const int8_t* p) {
+        return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    // The upper half of each x lane is 0, so the 16-bit pair product is x * w.
+    static BW_INLINE I mul_add(I acc, I x, I w) { return _mm512_dpwssd_epi32(acc, x, w); }
+
+    static BW_INLINE Raw load_raw(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    template <int BITS, int STEP>
+    static BW_INLINE I unpack(Raw raw) {
+        if constexpr (BITS == 8) return raw;
+        const I moved = STEP == 0 ? raw : _mm512_srli_epi16(raw, STEP * BITS);
+        return _mm512_and_si512(moved, _mm512_set1_epi8((1 << BITS) - 1));
+    }
+    template <int BITS>
+    static BW_INLINE I broadcast(const uint8_t* p) {
+        int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm512_set1_epi32(four);
+    }
+    template <int BITS>
+    static BW_INLINE I dot(I acc, I w, I x) {
+        return BITS == 8 ? _mm512_dpbusd_epi32(acc, x, w) : _mm512_dpbusd_epi32(acc, w, x);
+    }
+};
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return table<Avx512>(); }
+
+}  // namespace bitwright

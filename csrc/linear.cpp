@@ -1,0 +1,144 @@
+// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights: packs the weights, quantizes the rows of x to bytes and runs the matrix
+// kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized copy stays near the cores and the
+// working memory stays bounded. Layouts: dispatch.h.
+#include <cfloat>
+#include <cstring>
+
+#include "ops.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "strips.h"
+
+namespace bitwright {
+namespace {
+
+constexpr int64_t kChunkBytes = 4 << 20;
+constexpr int64_t kStripRows = 96;  // rows that are dealt to a thread at once
+
+int64_t group_inputs(int64_t bits) { return 4 * (8 / bits); }
+
+void check_matrix(int64_t bits, int64_t n, int64_t k) {
+    require(bits == 8 || bits == 4 || bits == 2, "weights are packed with 8, 4 or 2 bits");
+    size_product({n, k});
+}
+
+void check(const Linear& a) {
+    check_matrix(a.bits, a.n, a.k);
+    size_product({a.m, a.k});
+    size_product({a.m, a.n});
+    check_range(a.range);
+    require(a.threads >= 1, "threads must be positive");
+    require(a.scale_stride == 0 || a.scale_stride == 1, "scale stride must be 0 or 1");
+    require(a.dynamic || a.scale != nullptr, "a static quantizer needs a scale");
+    require(!a.dynamic || (a.zero == nullptr && a.range.qmax > 0), "a dynamic quantizer is symmetric");
+    require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr && a.w_sum != nullptr), "null pointer");
+    require(a.m == 0 || a.n == 0 || a.k == 0 || (a.x != nullptr && a.w != nullptr), "null pointer");
+}
+
+// The byte of code 0 relative to the code, see dispatch.h.
+int32_t byte_shift(const Linear& a) {
+    if (a.bits == 8) return a.range.qmin < 0 ? 128 : 0;
+    return a.range.qmax > 127 ? -128 : 0;
+}
+
+Quantizer row_quantizer(const Linear& a, const Kernels& kernels, int64_t row) {
+    float scale;
+    float zero = 0.0f;
+    if (a.dynamic) {
+        scale = kernels.absmax(a.x + row * a.k, a.k) / static_cast<float>(a.range.qmax);
+        scale = scale > FLT_EPSILON ? scale : FLT_EPSILON;
+    } else {
+        scale = a.scale[row * a.scale_stride];
+        if (a.zero != nullptr) zero = a.zero[row * a.scale_stride];
+    }
+    return make_quantizer(scale, zero, a.range, byte_shift(a));
+}
+
+// All checks that depend on values come before threads start: nothing may throw inside a team.
+void check_rows(const Linear& a) {
+    const int64_t limit = int64_t{1} << (a.bits - 1);
+    const int64_t rows = a.dynamic || a.scale_stride == 0 ? 1 : a.m;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float zero = a.zero != nullptr ? a.zero[row] : 0.0f;
+        check_zero_point(zero, a.range, a.k, limit);
+    }
+}
+
+void quantize_row(const Linear& a, const Kernels& kernels, int64_t row, int64_t stride, uint8_t* bytes, RowTerms* terms) {
+    const Quantizer quantizer = row_quantizer(a, kernels, row);
+    const int32_t sum = kernels.quantize(a.x + row * a.k, a.k, quantizer, bytes);
+    std::memset(bytes + a.k, 0, static_cast<size_t>(stride - a.k));
+    const uint32_t half = 1u << (a.bits - 1);
+    terms->scale = quantizer.scale;
+    terms->zero = quantizer.offset;
+    terms->constant = a.bits == 8 ? 0 : static_cast<int32_t>(half * static_cast<uint32_t>(sum));
+}
+
+}  // namespace
+
+int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k) {
+    check_matrix(bits, n, k);
+    return ceil_div(n, kLanes) * ceil_div(k, group_inputs(bits)) * kGroupBytes;
+}
+
+void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out) {
+    const int64_t total = linear_layout_bytes(bits, n, k);
+    require(total == 0 || (codes != nullptr && out != nullptr), "null pointer");
+    const int64_t groups = ceil_div(k, group_inputs(bits));
+    const int half = 1 << (bits - 1);
+    const int offset = bits == 8 ? 0 : half;
+    uint8_t fill = 0;  // the code 0 in every field of a byte
+    for (int64_t field = 0; field < 8 / bits; ++field) fill = static_cast<uint8_t>(fill | offset << (field * bits));
+    std::memset(out, fill, static_cast<size_t>(total));
+    const int mask = (1 << bits) - 1;
+    for (int64_t row = 0; row < n; ++row) {
+        uint8_t* block = out + row / kLanes * groups * kGroupBytes + row % kLanes * 4;
+        for (int64_t i = 0; i < k; ++i) {
+            const int code = codes[row * k + i];
+            require(code >= -half && code < half, "a weight code does not fit in its bits");
+            const int64_t step = i / 4 % (8 / bits);
+            uint8_t& byte = block[i / group_inputs(bits) * kGroupBytes + i % 4];
+            const int cleared = byte & ~(mask << (step * bits));
+            byte = static_cast<uint8_t>(cleared | ((code + offset) & mask) << (step * bits));
+        }
+    }
+}
+
+void linear(const Linear& a) {
+    check(a);
+    const Kernels& kernels = bitwright::kernels(a.isa);
+    if (a.m == 0 || a.n == 0) return;
+    check_rows(a);
+    const int64_t groups = ceil_div(a.k, group_inputs(a.bits));
+    // One cache line more than needed: rows at a power of two would share one set of the L1 cache.
+    const int64_t stride = round_up(groups * group_inputs(a.bits), 64) + 64;
+    const int64_t chunk = std::min(a.m, std::max<int64_t>(kStripRows, round_up(kChunkBytes / stride, kStripRows)));
+    Scratch scratch(Scratch::bytes<uint8_t>(chunk * stride) + Scratch::bytes<RowTerms>(chunk));
+    uint8_t* bytes = scratch.take<uint8_t>(chunk * stride);
+    RowTerms* terms = scratch.take<RowTerms>(chunk);
+    const int64_t run_offset = 0;
+    const int64_t blocks = ceil_div(a.n, kLanes);
+    for (int64_t first = 0; first < a.m; first += chunk) {
+        const int64_t rows = std::min(chunk, a.m - first);
+        const int threads = rows * a.n * a.k <= kSerialWork ? 1 : a.threads;
+        parallel_for(rows * a.k <= kSerialWork / 16 ? 1 : threads, [&](int index, int count) {
+            const Range mine = share(rows, 1, index, count);
+            for (int64_t i = mine.begin; i < mine.end; ++i) {
+                quantize_row(a, kernels, first + i, stride, bytes + i * stride, terms + i);
+            }
+        });
+        const int64_t strips = ceil_div(rows, kStripRows);
+        const auto strip_at = [&](int64_t i) {
+            const int64_t row = i * kStripRows;
+            return Gemm{bytes + row * stride, stride,   std::min(kStripRows, rows - row), &run_offset, 1,         groups,
+                        a.w,                  groups * kGroupBytes, a.n,                  a.w_scale,   a.w_sum,   a.bias,
+                        terms + row,          1,        a.y + (first + row) * a.n,        a.n};
+        };
+        const Split split = Split::choose(strips, blocks, kernels.tile_blocks, threads);
+        parallel_for(threads, [&](int index, int count) {
+            run_strips(kernels, a.bits, strips, blocks, groups * kGroupBytes, split, strip_at, index, count);
+        });
+    }
+}
+
+}  // namespace bitwright

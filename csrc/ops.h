@@ -1,0 +1,99 @@
+// The operations the Python module offers. Pointers and sizes only; the Python side owns the tensors and checks their types.
+// Every function throws std::invalid_argument for impossible arguments and std::bad_alloc when memory runs out.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+
+namespace bitwright {
+
+inline void require(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+// The product of sizes; throws where one is negative or the result could not be a size in memory.
+inline int64_t size_product(std::initializer_list<int64_t> sizes) {
+    constexpr int64_t kLimit = int64_t{1} << 46;
+    int64_t product = 1;
+    for (int64_t size : sizes) {
+        require(size >= 0, "negative size");
+        require(size < kLimit && (size == 0 || product <= kLimit / size), "size too large");
+        product *= size;
+    }
+    return product;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Integer codes of the activations. `zero_point` is integer-valued.
+struct Range8 {
+    int64_t qmin;
+    int64_t qmax;
+};
+
+void check_range(const Range8& range);
+
+// Throws unless zero is a small integer and `depth` products of centred codes with weights of at most `weight_limit` in
+// magnitude fit in an int32 accumulator.
+void check_zero_point(float zero, const Range8& range, int64_t depth, int64_t weight_limit);
+
+// The quantizer whose bytes are code + shift, for a checked zero point.
+Quantizer make_quantizer(float scale, float zero, const Range8& range, int32_t shift);
+
+struct Linear {
+    int isa;
+    int bits;
+    const float* x;  // [m, k]
+    int64_t m, k, n;
+    const float* scale;         // one, or one per row; unused when dynamic
+    const float* zero;          // like scale, or null
+    int64_t scale_stride;       // 0 or 1
+    bool dynamic;               // symmetric, one scale per row from its largest magnitude
+    Range8 range;
+    const uint8_t* w;           // pack_linear
+    const float* w_scale;       // [n]
+    const int32_t* w_sum;       // [n]
+    const float* bias;          // [n] or null
+    float* y;                   // [m, n]
+    int threads;
+};
+
+int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k);
+void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
+void linear(const Linear& args);
+
+struct Conv {
+    int isa;
+    const float* x;
+    int64_t n, c, h, w;
+    int64_t x_stride[4];  // elements; channels or columns must be adjacent
+    int64_t o, kh, kw;
+    int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+    float scale, zero;
+    Range8 range;
+    const uint8_t* weight;  // pack_conv
+    const float* w_scale;   // [o]
+    const int32_t* w_sum;   // [o]
+    const float* bias;      // [o] or null
+    float* y;               // [n, ho, wo, o]
+    int threads;
+};
+
+int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups);
+void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups, uint8_t* out);
+void conv2d(const Conv& args);
+
+struct Addend {
+    const float* x;
+    float scale, zero;
+    Range8 range;
+};
+
+void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, int threads);
+
+}  // namespace bitwright

@@ -1,0 +1,124 @@
+// Activations from float32 to bytes, templates over an instruction set (see isa_*.cpp for the primitives it offers). All loops
+// work on 16 elements; a shorter tail goes through a 16-element copy on the stack, so any length is allowed. Division is a true
+// division; NaN ends as the lowest code because the lower bound is applied first and `max` returns its second operand then.
+#pragma once
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace bitwright {
+
+template <class S>
+struct Quantize {
+    using F = typename S::F;
+    using I = typename S::I;
+
+    const F scale;
+    const F low;
+    const F high;
+    const I offset;
+
+    BW_INLINE explicit Quantize(const Quantizer& q)
+        : scale(S::set(q.scale)), low(S::set(q.low)), high(S::set(q.high)), offset(S::set_int(q.offset)) {}
+
+    // code - z, before the offset
+    BW_INLINE I centred(F x) const { return S::round(S::min(S::max(S::div(x, scale), low), high)); }
+    BW_INLINE I code(F x) const { return S::add_int(centred(x), offset); }
+};
+
+template <class S>
+float absmax_run(const float* x, int64_t count) {
+    typename S::F top = S::set(0.0f);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) top = S::max(S::abs(S::load(x + i)), top);
+    float lanes[kLanes] = {};
+    for (int64_t j = 0; i + j < count; ++j) lanes[j] = x[i + j];
+    top = S::max(S::abs(S::load(lanes)), top);
+    S::store(lanes, top);
+    float best = 0.0f;
+    for (float lane : lanes) best = lane > best ? lane : best;
+    return best;
+}
+
+template <class S>
+int32_t quantize_run(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out) {
+    const Quantize<S> quantize(quantizer);
+    typename S::I sum = S::set_int(0);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const typename S::I code = quantize.code(S::load(x + i));
+        sum = S::add_int(sum, code);
+        S::store_bytes(out + i, code);
+    }
+    int32_t lanes[kLanes];
+    S::store_int(lanes, sum);
+    uint32_t total = 0;
+    for (int32_t lane : lanes) total += static_cast<uint32_t>(lane);
+    if (i < count) {
+        float tail[kLanes] = {};
+        for (int64_t j = 0; i + j < count; ++j) tail[j] = x[i + j];
+        S::store_int(lanes, quantize.code(S::load(tail)));
+        for (int64_t j = 0; i + j < count; ++j) {
+            total += static_cast<uint32_t>(lanes[j]);
+            out[i + j] = static_cast<uint8_t>(lanes[j]);
+        }
+    }
+    return static_cast<int32_t>(total);
+}
+
+// Planes to interleaved channels: one vector holds 16 pixels of a channel; four channels are merged into 16 words that are
+// written to their pixels one by one. The divisions cost more than these stores. Codes must be unsigned bytes.
+template <class S, bool DENSE>
+void quantize_planes_run(const Planes& p, const Quantizer& quantizer) {
+    const Quantize<S> quantize(quantizer);
+    alignas(64) float values[kLanes] = {};
+    alignas(64) int32_t words[kLanes];
+    for (int64_t i = 0; i < p.pixels; i += kLanes) {
+        const int64_t count = p.pixels - i < kLanes ? p.pixels - i : kLanes;
+        typename S::I merged = S::set_int(0);
+        for (int64_t c = p.channels - 1; c >= 0; --c) {
+            const float* source = p.source + c * p.channel_stride + i * p.pixel_stride;
+            const bool direct = DENSE && count == kLanes;
+            if (!direct) {
+                for (int64_t j = 0; j < count; ++j) values[j] = source[j * p.pixel_stride];
+            }
+            merged = S::add_int(S::shift_byte(merged), quantize.code(S::load(direct ? source : values)));
+        }
+        S::store_int(words, merged);
+        for (int64_t j = 0; j < count; ++j) std::memcpy(p.destination + p.offsets[i + j], &words[j], 4);
+    }
+}
+
+template <class S>
+void quantize_planes(const Planes& planes, const Quantizer& quantizer) {
+    if (planes.pixel_stride == 1) {
+        quantize_planes_run<S, true>(planes, quantizer);
+    } else {
+        quantize_planes_run<S, false>(planes, quantizer);
+    }
+}
+
+// out = (code(a) - za) * sa + (code(b) - zb) * sb; the integers are exact as floats, so each product rounds once.
+template <class S>
+void add_run(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out) {
+    const Quantize<S> left(qa);
+    const Quantize<S> right(qb);
+    const auto sum = [&](const float* pa, const float* pb) {
+        const typename S::F va = S::mul(S::to_float(left.centred(S::load(pa))), left.scale);
+        const typename S::F vb = S::mul(S::to_float(right.centred(S::load(pb))), right.scale);
+        return S::add(va, vb);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) S::store(out + i, sum(a + i, b + i));
+    if (i < count) {
+        float tail_a[kLanes] = {};
+        float tail_b[kLanes] = {};
+        const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
+        std::memcpy(tail_a, a + i, bytes);
+        std::memcpy(tail_b, b + i, bytes);
+        S::store(tail_a, sum(tail_a, tail_b));
+        std::memcpy(out + i, tail_a, bytes);
+    }
+}
+
+}  // namespace bitwright

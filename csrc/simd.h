@@ -1,0 +1,23 @@
+// Macros for the files that are compiled once per instruction set. Those files keep every function in a template over a type of
+// an unnamed namespace (or static): code built with -mavx512* must never be merged with code of another file. For the same
+// reason they use no standard library templates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define BW_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define BW_INLINE __forceinline
+#else
+#define BW_INLINE inline
+#endif
+
+#if defined(__clang__)
+#define BW_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define BW_UNROLL _Pragma("GCC unroll 16")
+#else
+#define BW_UNROLL
+#endif

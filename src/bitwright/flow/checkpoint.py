@@ -1,0 +1,146 @@
+"""`save` and `load`: a folder with ``plan.toml`` (decisions) and ``model.safetensors`` (numbers), nothing executable.
+
+Both prepared and converted models can be saved. The folder is written under a temporary name and renamed, so a full
+disk or an interrupt never leaves half a checkpoint. Tensors that a model shares (tied weights) are stored once; the
+file's metadata maps the other names to them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError, CheckpointError
+from bitwright.flow.convert import convert, is_converted
+from bitwright.flow.prepare import plan_of, prepare
+from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.plan.plan import Plan
+
+VERSION = "1"
+PLAN, TENSORS = "plan.toml", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a prepared or converted model; an earlier checkpoint in ``folder`` is replaced at the end, in one step.
+
+    Raises `CheckpointError` when the folder cannot be written or holds something else.
+    """
+    folder = Path(folder)
+    plan = plan_of(model)
+    if folder.exists() and not (folder.is_dir() and ((folder / PLAN).exists() or not any(folder.iterdir()))):
+        raise CheckpointError(f"{folder} exists and is no bitwright checkpoint; choose another folder")
+    tensors, aliases = _distinct(model.state_dict())
+    metadata = {"format": "bitwright", "version": VERSION, "kind": _kind(model), "aliases": json.dumps(aliases)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as cause:
+        raise CheckpointError(f"cannot write {folder}: {cause}") from cause
+    try:
+        plan.save(part / PLAN)
+        save_file(tensors, part / TENSORS, metadata)
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    except OSError as cause:
+        raise CheckpointError(f"cannot write {folder}: {cause}") from cause
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | None = None) -> nn.Module:
+    """The saved model, rebuilt on ``model``: the float model from the user's own code, whose values do not matter.
+
+    ``features`` is passed to `convert`. Raises `CheckpointError` for a folder that is missing, corrupt, foreign, or made
+    for another model.
+    """
+    folder = Path(folder)
+    tensors, metadata = read_tensors(folder / TENSORS)
+    if metadata.get("format") != "bitwright" or metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder / TENSORS} was not written by this version of bitwright (format {metadata.get('format')!r}, "
+            f"version {metadata.get('version')!r}; expected 'bitwright', {VERSION!r})"
+        )
+    try:
+        rebuilt = prepare(model, Plan.load(folder / PLAN))
+    except BitwrightError as cause:
+        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {cause}") from cause
+    if metadata["kind"] != "float":
+        for module in rebuilt.modules():
+            if isinstance(module, Quantizer):
+                module.stage = Stage.SIMULATE
+    if metadata["kind"] == "converted":
+        rebuilt = convert(rebuilt, inplace=True, features=features)
+    tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["aliases"]).items()}
+    try:
+        rebuilt.load_state_dict(tensors)
+    except RuntimeError as cause:
+        raise CheckpointError(f"{folder / TENSORS} does not fit {type(model).__name__}: {cause}") from cause
+    return rebuilt
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a float checkpoint into ``model`` in place: ``.safetensors``, or a state dict written by `torch.save`.
+
+    A state dict under a ``state_dict`` key and names that start with ``module.`` (data-parallel training) are understood.
+    Nothing executable is loaded. Raises `CheckpointError`.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state = read_tensors(path)[0]
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as cause:
+            raise CheckpointError(f"cannot read {path} as a state dict of tensors: {cause}") from cause
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a state dict (name -> tensor)")
+    try:
+        model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    except (RuntimeError, AttributeError) as cause:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {cause}") from cause
+    return model
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file; raises `CheckpointError`."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a file written by bitwright.save or safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as cause:
+        raise CheckpointError(f"{path} is corrupt or no safetensors file: {cause}") from cause
+
+
+def _kind(model: nn.Module) -> str:
+    if is_converted(model):
+        return "converted"
+    stages = {module.stage for module in model.modules() if isinstance(module, Quantizer)}
+    return "prepared" if stages == {Stage.SIMULATE} else "float"
+
+
+def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each stored tensor once, and the names that share it."""
+    first: dict[tuple[object, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.shape, value.dtype, value.stride())
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.detach().contiguous()
+    return tensors, aliases

@@ -1,0 +1,44 @@
+"""`LowbitAdd`: the shipped residual add."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bitwright.kernels import table
+from bitwright.kernels.table import Activation
+from bitwright.numerics.spec import QParams
+
+
+class LowbitAdd(nn.Module):
+    """``a + b`` of two quantized inputs, bit for bit what `nn.elementwise.QAdd` simulates."""
+
+    input_scale_0: Tensor
+    input_scale_1: Tensor
+    input_zero_point_0: Tensor | None
+    input_zero_point_1: Tensor | None
+
+    def __init__(self, inputs: tuple[Activation, Activation], features: frozenset[str]) -> None:
+        super().__init__()
+        self.input_specs = tuple(spec for spec, _ in inputs)
+        for number, (_, qparams) in enumerate(inputs):
+            assert qparams is not None
+            zero_point = qparams.zero_point
+            self.register_buffer(f"input_scale_{number}", qparams.scale.detach().clone())
+            self.register_buffer(f"input_zero_point_{number}", None if zero_point is None else zero_point.detach().clone())
+        self.kernel = table.select("add", self.input_specs[0], self.input_specs[1], (), features)
+
+    @property
+    def inputs(self) -> tuple[Activation, Activation]:
+        """How both inputs are encoded."""
+        return (
+            Activation(self.input_specs[0], QParams(self.input_scale_0, self.input_zero_point_0)),
+            Activation(self.input_specs[1], QParams(self.input_scale_1, self.input_zero_point_1)),
+        )
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sum of two tensors of one shape, float32."""
+        return self.kernel.run(a, b, *self.inputs)
+
+    def extra_repr(self) -> str:
+        """Specs and kernel, for ``print(model)``."""
+        return f"inputs={self.input_specs[0]}, {self.input_specs[1]}, kernel={self.kernel.name}"

@@ -1,0 +1,79 @@
+"""What all shipped layers share: packed codes as buffers, and a kernel that reads them in its own layout.
+
+The buffers ``packed``, ``weight_scale``, ``weight_zero_point``, ``bias``, ``input_scale`` and ``input_zero_point`` are what
+files hold (see `numerics.packing` for the bytes). The kernel's layout is derived from them, is never saved, and is
+rebuilt after loading. No float weight is left.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bitwright.kernels import table
+from bitwright.kernels.table import Activation, Kernel, Packed
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.spec import QParams
+
+
+class LowbitLayer(nn.Module):
+    """A layer of packed codes; subclasses add the forward."""
+
+    op: str
+    groups: int = 1
+    packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self, weight: QTensor, bias: Tensor | None, input: Activation | None, features: frozenset[str]
+    ) -> None:
+        super().__init__()
+        self.weight_spec, self.shape = weight.spec, weight.shape
+        self.input_spec = None if input is None else input.spec
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("weight_scale", weight.qparams.scale)
+        self.register_buffer("weight_zero_point", weight.zero_point)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        qparams = None if input is None else input.qparams
+        self.register_buffer("input_scale", None if qparams is None else qparams.scale.detach().clone())
+        zero_point = None if qparams is None or qparams.zero_point is None else qparams.zero_point.detach().clone()
+        self.register_buffer("input_zero_point", zero_point)
+        self.kernel: Kernel = table.select(self.op, self.weight_spec, self.input_spec, self.shape, features)
+        self.lay_out()
+        self.register_load_state_dict_post_hook(_lay_out_again)
+
+    def lay_out(self) -> None:
+        """Derive the kernel's own constants from the packed codes."""
+        packed = self.kernel.pack(self.weight, self.groups)
+        for name, value in packed._asdict().items():
+            self.register_buffer(f"kernel_{name}", value, persistent=False)
+
+    @property
+    def weight(self) -> QTensor:
+        """The stored weight."""
+        return QTensor(self.packed, self.weight_scale, self.weight_zero_point, self.weight_spec, self.shape)
+
+    @property
+    def constants(self) -> Packed:
+        """The kernel's constants."""
+        return Packed(self.kernel_layout, self.kernel_scale, self.kernel_zero_point, self.kernel_sums)  # type: ignore[arg-type]
+
+    @property
+    def input(self) -> Activation | None:
+        """How the input is encoded; None for float inputs."""
+        if self.input_spec is None:
+            return None
+        qparams = None if self.input_scale is None else QParams(self.input_scale, self.input_zero_point)
+        return Activation(self.input_spec, qparams)
+
+    def extra_repr(self) -> str:
+        """Shape, specs and kernel, for ``print(model)``."""
+        return f"{list(self.shape)}, weight={self.weight_spec}, input={self.input_spec or 'float'}, kernel={self.kernel.name}"
+
+
+def _lay_out_again(layer: nn.Module, incompatible: object) -> None:
+    assert isinstance(layer, LowbitLayer)
+    layer.lay_out()

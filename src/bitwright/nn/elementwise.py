@@ -1,0 +1,25 @@
+"""`QAdd`: a residual add whose two inputs are quantized as a pair."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bitwright.graph.rewrite import Add
+from bitwright.kernels import reference
+from bitwright.nn.quantizer import Quantizer, Stage
+
+
+class QAdd(Add):
+    """``a + b`` on codes: ``q_a * s_a + q_b * s_b``."""
+
+    input_quantizer_0: Quantizer
+    input_quantizer_1: Quantizer
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sum of two tensors of one shape."""
+        left, right = self.input_quantizer_0, self.input_quantizer_1
+        if left.stage is not Stage.SIMULATE:
+            left.observe(a)
+            right.observe(b)
+            return a + b
+        return reference.add(left(a), right(b))

@@ -1,0 +1,29 @@
+"""`QEmbedding`: an embedding table of low-bit rows."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitwright.nn.layer import QLayer
+from bitwright.numerics.affine import simulate
+from bitwright.numerics.spec import QParams
+
+
+class QEmbedding(QLayer, nn.Embedding):
+    """`nn.Embedding` whose rows are quantized after the lookup: only touched rows are encoded, and the result is the same."""
+
+    bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices ``[...] -> [..., embedding_dim]``; indices themselves are never quantized."""
+        rows = F.embedding(input, self.weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        quantizer = self.weight_quantizer
+        if quantizer is None or not self.simulating:
+            return rows
+        qparams = quantizer.qparams
+        assert qparams is not None
+        if quantizer.spec.granularity.kind != "tensor":
+            zero_point = None if qparams.zero_point is None else F.embedding(input, qparams.zero_point)
+            qparams = QParams(F.embedding(input, qparams.scale), zero_point)
+        return simulate(rows, quantizer.spec, qparams)

@@ -1,0 +1,114 @@
+"""What all simulated layers share: their quantizers, their stage, and a batch norm folded into the forward.
+
+A simulated layer *is* the user's module with its class changed, so parameters, state-dict keys, hooks and
+``isinstance`` are kept. Where the dataflow showed a batch norm behind the layer, the layer computes both: the weight
+that is quantized is the folded one, with running statistics, so the training forward is the function that ships.
+
+The running statistics go on learning from the output of the *quantized* layer (batch norm re-estimation): with
+``y = (z - mean) * f + beta`` and ``f = gamma / sqrt(var + eps)``, the statistics of z follow from those of y. A channel
+with gamma = 0 carries no information about z, and its output does not depend on z either: its statistics stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bitwright.nn.quantizer import Quantizer, Stage
+
+
+class QLayer(nn.Module):
+    """Mixin of simulated layers. Created by class swap, never by its constructor; `attach` sets its state."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    norm: tuple[_BatchNorm, ...]
+    freeze_norm: bool
+
+    def attach(self, weight: Quantizer | None, input: Quantizer | None) -> None:
+        """Give the layer its quantizers; None leaves that side in float."""
+        self.weight_quantizer, self.input_quantizer = weight, input
+        self.norm, self.freeze_norm = (), False
+
+    def fold(self, norm: _BatchNorm) -> None:
+        """Compute ``norm`` inside this layer; the norm itself becomes an identity that keeps its parameters and keys."""
+        self.norm = (norm,)  # in a tuple, so that it stays registered (and named) at its own place only
+        norm.__class__ = _identity_norm(type(norm))
+
+    @property
+    def simulating(self) -> bool:
+        """Whether the forward computes with codes."""
+        return self.weight_quantizer is not None and self.weight_quantizer.stage is Stage.SIMULATE
+
+    @property
+    def integer_product(self) -> bool:
+        """Whether both operands are integer codes whose scales leave the sum (contract C2); else codes are decoded first."""
+        weight, input = self.weight_quantizer, self.input_quantizer
+        return (
+            weight is not None
+            and input is not None
+            and weight.spec.format.is_integer
+            and weight.spec.symmetric
+            and weight.spec.granularity.kind in ("tensor", "channel")
+        )
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Float weight and bias with the batch norm folded in, as they are quantized, trained and shipped."""
+        if not self.norm:
+            return self.weight, self.bias
+        norm = self.norm[0]
+        factor = _factor(norm)
+        mean = norm.running_mean.double()  # type: ignore[union-attr]
+        start = -mean if self.bias is None else self.bias.double() - mean
+        bias = start * factor + (0.0 if norm.bias is None else norm.bias.double())
+        shape = (-1, *[1] * (self.weight.dim() - 1))
+        return self.weight * factor.float().view(shape), bias.float()
+
+    @torch.no_grad()
+    def track(self, out: Tensor) -> None:
+        """Update the folded norm's running statistics from this layer's output, while training and not frozen."""
+        if not self.norm or not self.training or self.freeze_norm or not self.simulating:
+            return
+        norm = self.norm[0]
+        axes = [axis for axis in range(out.dim()) if axis != 1]
+        var, mean = torch.var_mean(out.double(), axes, correction=1)
+        factor = _factor(norm)
+        alive = factor.abs() > 1e-12
+        factor = torch.where(alive, factor, 1.0)
+        beta = 0.0 if norm.bias is None else norm.bias.double()
+        mean = norm.running_mean + (mean - beta) / factor
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, var / factor.square())):
+            assert running is not None
+            running.copy_(torch.where(alive, running + share * (batch - running), running))
+
+
+def _factor(norm: _BatchNorm) -> Tensor:
+    """``gamma / sqrt(var + eps)`` per channel in float64."""
+    assert norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.double()
+
+
+class _IdentityNorm(_BatchNorm):
+    """A batch norm whose work is done by the layer before it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class FoldedBatchNorm1d(_IdentityNorm, nn.BatchNorm1d):
+    """An `nn.BatchNorm1d` folded into the layer before it."""
+
+
+class FoldedBatchNorm2d(_IdentityNorm, nn.BatchNorm2d):
+    """An `nn.BatchNorm2d` folded into the layer before it."""
+
+
+def _identity_norm(cls: type[_BatchNorm]) -> type[_BatchNorm]:
+    return FoldedBatchNorm2d if issubclass(cls, nn.BatchNorm2d) else FoldedBatchNorm1d

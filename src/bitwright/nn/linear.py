@@ -1,0 +1,29 @@
+"""`QLinear`: a linear layer that computes with codes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitwright.kernels import reference
+from bitwright.nn.layer import QLayer
+
+
+class QLinear(QLayer, nn.Linear):
+    """`nn.Linear` on codes: ``(q_x @ q_w.T) * (s_x * s_w) + bias``; group-wise and float cases decode first."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        weight, bias = self.folded()
+        quantize_weight, quantize_input = self.weight_quantizer, self.input_quantizer
+        if quantize_weight is None or not self.simulating:
+            if quantize_input is not None:
+                quantize_input.observe(input)
+            return F.linear(input, weight, bias)
+        if quantize_input is not None and self.integer_product:
+            out = reference.linear(quantize_input(input), quantize_weight(weight), bias)
+        else:
+            values = input if quantize_input is None else quantize_input.simulate(input)
+            out = F.linear(values, quantize_weight.simulate(weight), bias)
+        self.track(out)
+        return out

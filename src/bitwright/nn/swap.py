@@ -1,0 +1,53 @@
+"""The table that says which simulated class replaces which float class.
+
+Adding a layer: write ``class QThing(QLayer, Thing)`` with a forward, add a row here, its operator in
+``plan/site.py``, its low-bit module in ``lowbit/``, and a case in the contract tests.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bitwright.errors import ModelError
+from bitwright.graph.rewrite import Add
+from bitwright.nn.conv import QConv1d, QConv2d
+from bitwright.nn.elementwise import QAdd
+from bitwright.nn.embedding import QEmbedding
+from bitwright.nn.linear import QLinear
+from bitwright.plan.site import OPERATORS, unknown_subclass
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QLinear,
+    nn.Conv1d: QConv1d,
+    nn.Conv2d: QConv2d,
+    nn.Embedding: QEmbedding,
+    Add: QAdd,
+}
+
+
+def register_module(cls: type[nn.Module]) -> type[nn.Module]:
+    """Declare that a subclass of a known layer computes the same function as its base, so it may be quantized.
+
+    Usable as a decorator. Raises `ModelError` when ``cls`` derives from no known layer or is known already.
+
+    >>> @register_module
+    ... class NamedLinear(nn.Linear):
+    ...     pass
+    >>> OPERATORS.pop(NamedLinear), SWAPS.pop(NamedLinear).__name__
+    ('linear', 'QNamedLinear')
+    """
+    base = next((known for known in OPERATORS if issubclass(cls, known)), None)
+    if base is None or base is cls or cls in SWAPS:
+        raise ModelError(f"cannot register {cls.__name__}: {'it is known already' if base else 'no known layer is its base'}")
+    OPERATORS[cls] = OPERATORS[base]
+    SWAPS[cls] = type(f"Q{cls.__name__}", (SWAPS[base], cls), {})
+    return cls
+
+
+def swapped(module: nn.Module) -> type[nn.Module]:
+    """The simulated class for a module; raises `ModelError` for classes without one."""
+    if type(module) not in SWAPS:
+        known = unknown_subclass(module)
+        detail = f"an unknown subclass of nn.{known.__name__}" if known else "which has no quantized form"
+        raise ModelError(f"cannot quantize {type(module).__name__}, {detail}; see bitwright.register_module")
+    return SWAPS[type(module)]
