@@ -1,5 +1,5 @@
 // Quantizes images to NHWC bytes from either memory format. Adjacent channels are one long run per row (per pixel where the
-// rows have gaps). Adjacent columns go four channels at a time, 16 pixels per vector: small planes as one sequence of pixels in
+// rows have gaps). Adjacent columns go up to 16 channels at a time, 16 pixels per vector: small planes as one sequence of pixels in
 // pieces that keep the destination in the L1 cache, large ones row by row. Any sizes and strides are allowed; strides where
 // neither is adjacent are only slower.
 #include "conv_input.h"
@@ -35,7 +35,9 @@ Image Image::of(const Conv& a, int64_t groups) {
 }
 
 void Image::fill_offsets(int64_t* offsets) const {
-    for (int64_t i = 0; i < unit_pixels; ++i) offsets[i] = i / width_ * row_bytes + i % width_ * pixel_bytes;
+    for (int64_t i = 0, row = 0; i < unit_pixels; row += row_bytes) {
+        for (int64_t column = 0; column < width_; ++column) offsets[i++] = row + column * pixel_bytes;
+    }
 }
 
 void Image::borders(const Conv& a, uint8_t fill, uint8_t* image, int64_t row_begin, int64_t row_end) const {
@@ -71,8 +73,8 @@ void Image::planes(const Conv& a, const Kernels& kernels, const Quantizer& quant
                    int64_t pixels, uint8_t* out, const int64_t* offsets) const {
     const int64_t step = a.x_stride[1];
     for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t c = 0; c < channels; c += 4) {
-            const Planes planes{x + (g * channels + c) * step, step,   pixel_stride, std::min<int64_t>(4, channels - c),
+        for (int64_t c = 0; c < channels; c += kLanes) {
+            const Planes planes{x + (g * channels + c) * step, step,   pixel_stride, std::min(kLanes, channels - c),
                                 pixels,                        offsets, out + g * group_bytes + c};
             kernels.quantize_planes(planes, quantizer);
         }

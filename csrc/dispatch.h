@@ -63,7 +63,8 @@ struct Gemm {
     int64_t y_stride;
 };
 
-// Up to four channels of an image, read at `channel_stride` and written as 4 interleaved bytes per pixel.
+// Up to 16 channels of an image, read at `channel_stride` and written as interleaved bytes per pixel, in whole words of 4
+// channels.
 struct Planes {
     const float* source;
     int64_t channel_stride;
@@ -100,7 +101,8 @@ struct Kernels {
     void (*gemm[3])(const Gemm& gemm, int64_t block_begin, int64_t block_end);  // 8, 4, 2 bit weights
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out);
-    int64_t tile_blocks;  // blocks that the matrix kernel takes at once
+    int64_t tile_rows;  // what the matrix kernel takes at once
+    int64_t tile_blocks;
 };
 
 const Kernels* portable_kernels();

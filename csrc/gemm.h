@@ -9,6 +9,13 @@
 
 namespace bitwright {
 
+// Terms of one row met with the constants of one block.
+template <class S>
+struct RowVectors {
+    typename S::I shift;
+    typename S::F scale;
+};
+
 // Column constants of one block. Loads of a block that is cut by the end of the matrix go through a padded copy.
 template <class S>
 struct Columns {
@@ -38,10 +45,14 @@ struct Columns {
         bias = S::load(biases);
     }
 
+    BW_INLINE RowVectors<S> meet(const RowTerms& terms) const {
+        return {S::add_int(S::set_int(terms.constant), S::mul_int(S::set_int(terms.zero), sum)),
+                S::mul(S::set(terms.scale), scale)};
+    }
+
     // Undo the offsets, scale, add the bias: one rounding per operation.
-    BW_INLINE void finish(typename S::I dot, const RowTerms& terms, bool has_bias, float* y) const {
-        const typename S::I shift = S::add_int(S::set_int(terms.constant), S::mul_int(S::set_int(terms.zero), sum));
-        typename S::F value = S::mul(S::to_float(S::sub_int(dot, shift)), S::mul(S::set(terms.scale), scale));
+    BW_INLINE void finish(typename S::I dot, const RowVectors<S>& row, bool has_bias, float* y) const {
+        typename S::F value = S::mul(S::to_float(S::sub_int(dot, row.shift)), row.scale);
         if (has_bias) value = S::add(value, bias);
         if (count == kLanes) {
             S::store(y, value);
@@ -53,13 +64,33 @@ struct Columns {
     }
 };
 
+// Addresses of the rows of a tile: every third row has a pointer, the two after it are reached by the addressing modes
+// [p + stride] and [p + 2 * stride]. One pointer per row would not fit the general registers.
+template <int ROWS>
+struct RowPointers {
+    static constexpr int kPointers = (ROWS + 2) / 3;
+    const uint8_t* pointer[kPointers];
+
+    BW_INLINE RowPointers(const uint8_t* x, int64_t stride) {
+        BW_UNROLL for (int i = 0; i < kPointers; ++i) {
+            pointer[i] = x + 3 * i * stride;
+            BW_OPAQUE(pointer[i]);  // or the compiler turns them back into one base and many offsets
+        }
+    }
+    BW_INLINE const uint8_t* row(int r, int64_t stride) const { return pointer[r / 3] + r % 3 * stride; }
+    BW_INLINE void advance(int64_t bytes) {
+        BW_UNROLL for (int i = 0; i < kPointers; ++i) pointer[i] += bytes;
+    }
+};
+
 // One group of weights: 8 / BITS steps of 4 inputs against every row.
 template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
-BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const uint8_t* x, int64_t stride, typename S::I (&acc)[BLOCKS][ROWS]) {
+BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const RowPointers<ROWS>& x, int64_t stride,
+                    typename S::I (&acc)[BLOCKS][ROWS]) {
     decltype(S::template unpack<BITS, STEP>(raw[0])) w[BLOCKS];
     BW_UNROLL for (int b = 0; b < BLOCKS; ++b) w[b] = S::template unpack<BITS, STEP>(raw[b]);
     BW_UNROLL for (int r = 0; r < ROWS; ++r) {
-        const auto four = S::template broadcast<BITS>(x + r * stride + 4 * STEP);
+        const auto four = S::template broadcast<BITS>(x.row(r, stride) + 4 * STEP);
         BW_UNROLL for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<BITS>(acc[b][r], w[b], four);
     }
     if constexpr (STEP + 1 < 8 / BITS) step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
@@ -72,24 +103,26 @@ void tile(const Gemm& g, int64_t row, int64_t block) {
     BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
         BW_UNROLL for (int r = 0; r < ROWS; ++r) acc[b][r] = S::set_int(0);
     }
-    const uint8_t* rows = g.x + row * g.x_stride;
-    const uint8_t* w = g.w + block * g.block_bytes;
+    const int64_t stride = g.x_stride;
+    const int64_t block_bytes = g.block_bytes;
+    const uint8_t* w = g.w + block * block_bytes;
     for (int64_t run = 0; run < g.runs; ++run) {
-        const uint8_t* x = rows + g.run_offsets[run];
-        for (int64_t i = 0; i < g.run_groups; ++i) {
+        RowPointers<ROWS> x(g.x + row * stride + g.run_offsets[run], stride);
+        for (int64_t left = g.run_groups; left > 0; --left) {
             typename S::Raw raw[BLOCKS];
-            BW_UNROLL for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * g.block_bytes);
-            step<S, BITS, ROWS, BLOCKS, 0>(raw, x, g.x_stride, acc);
-            x += kInputs;
+            BW_UNROLL for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
+            step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
+            x.advance(kInputs);
             w += kGroupBytes;
         }
     }
     BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
         const int64_t first = (block + b) * kLanes;
         const Columns<S> columns(g.w_scale, g.w_sum, g.bias, first, g.columns);
+        RowVectors<S> vectors = columns.meet(g.terms[row * g.terms_stride]);
         BW_UNROLL for (int r = 0; r < ROWS; ++r) {
-            const RowTerms& terms = g.terms[(row + r) * g.terms_stride];
-            columns.finish(acc[b][r], terms, g.bias != nullptr, g.y + (row + r) * g.y_stride + first);
+            if (r > 0 && g.terms_stride != 0) vectors = columns.meet(g.terms[row + r]);
+            columns.finish(acc[b][r], vectors, g.bias != nullptr, g.y + (row + r) * g.y_stride + first);
         }
     }
 }
@@ -112,6 +145,11 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end) {
         const int64_t row = g.rows * t / tiles;
         const int64_t rows = g.rows * (t + 1) / tiles - row;
         int64_t block = begin;
+        if (rows <= S::kNarrowRows) {  // few accumulators per block: take more blocks to hide the latency of the sums
+            for (; block + S::kNarrowBlocks <= end; block += S::kNarrowBlocks) {
+                tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block);
+            }
+        }
         for (; block + S::kTileBlocks <= end; block += S::kTileBlocks) {
             tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block);
         }
@@ -121,30 +159,37 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end) {
 
 // Depthwise: 16 channels are the lanes. Several pixels share each load of the weights.
 template <class S, int PIXELS>
-BW_INLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns) {
+void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns,
+                                const RowVectors<S>& vectors) {
     typename S::I acc[PIXELS];
     BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
     const uint8_t* x = d.x + pixel * d.x_stride + channel;
     const int8_t* w = d.w + channel;
-    for (int64_t tap = 0; tap < d.taps; ++tap, w += d.w_stride) {
+    const int64_t stride = d.x_stride;
+    const int64_t w_stride = d.w_stride;
+    const int64_t* offset = d.tap_offsets;
+    for (int64_t left = d.taps; left > 0; --left) {
         const typename S::I weight = S::load_s8(w);
-        BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
-            acc[p] = S::mul_add(acc[p], S::load_u8(x + p * d.x_stride + d.tap_offsets[tap]), weight);
-        }
+        const uint8_t* at = x + *offset;
+        BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::mul_add(acc[p], S::load_u8(at + p * stride), weight);
+        w += w_stride;
+        ++offset;
     }
     BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
-        columns.finish(acc[p], d.terms, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);
+        columns.finish(acc[p], vectors, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);
     }
 }
 
 template <class S>
 void depthwise_row(const Depthwise& d) {
-    constexpr int kPixels = 4;
     for (int64_t channel = 0; channel < d.channels; channel += kLanes) {
         const Columns<S> columns(d.w_scale, d.w_sum, d.bias, channel, d.channels);
+        const RowVectors<S> vectors = columns.meet(d.terms);
         int64_t pixel = 0;
-        for (; pixel + kPixels <= d.pixels; pixel += kPixels) depthwise_pixels<S, kPixels>(d, pixel, channel, columns);
-        for (; pixel < d.pixels; ++pixel) depthwise_pixels<S, 1>(d, pixel, channel, columns);
+        for (; pixel + S::kPixels <= d.pixels; pixel += S::kPixels) {
+            depthwise_pixels<S, S::kPixels>(d, pixel, channel, columns, vectors);
+        }
+        for (; pixel < d.pixels; ++pixel) depthwise_pixels<S, 1>(d, pixel, channel, columns, vectors);
     }
 }
 

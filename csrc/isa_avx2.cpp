@@ -24,6 +24,9 @@ struct Avx2 {
     };
     static constexpr int kTileRows = 4;
     static constexpr int kTileBlocks = 1;
+    static constexpr int kNarrowRows = 1;
+    static constexpr int kNarrowBlocks = 2;
+    static constexpr int kPixels = 4;
 
     static BW_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -65,6 +68,20 @@ struct Avx2 {
         const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     }
+    // Words of 4 channels to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit lanes, see pixel_at.
+    static BW_INLINE void store_half(uint8_t* p, __m256i a, __m256i b, __m256i c, __m256i d) {
+        const __m256i ab_lo = _mm256_unpacklo_epi32(a, b), ab_hi = _mm256_unpackhi_epi32(a, b);
+        const __m256i cd_lo = _mm256_unpacklo_epi32(c, d), cd_hi = _mm256_unpackhi_epi32(c, d);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(ab_lo, cd_lo));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(p + 64), _mm256_unpackhi_epi64(ab_lo, cd_lo));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(p + 128), _mm256_unpacklo_epi64(ab_hi, cd_hi));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(p + 192), _mm256_unpackhi_epi64(ab_hi, cd_hi));
+    }
+    static BW_INLINE void store_pixels(uint8_t* p, const I& a, const I& b, const I& c, const I& d) {
+        store_half(p, a.lo, b.lo, c.lo, d.lo);
+        store_half(p + 32, a.hi, b.hi, c.hi, d.hi);
+    }
+    static BW_INLINE int64_t pixel_at(int64_t pixel) { return pixel % 4 * 4 + pixel / 4; }
     static BW_INLINE __m128i eight(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
     static BW_INLINE I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(eight(p)), _mm256_cvtepu8_epi32(eight(p + 8))}; }
     static BW_INLINE I load_s8(const int8_t* p) { return {_mm256_cvtepi8_epi32(eight(p)), _mm256_cvtepi8_epi32(eight(p + 8))}; }

@@ -14,6 +14,9 @@ struct Avx512 {
     using Raw = __m512i;
     static constexpr int kTileRows = 12;
     static constexpr int kTileBlocks = 2;
+    static constexpr int kNarrowRows = 3;
+    static constexpr int kNarrowBlocks = 4;
+    static constexpr int kPixels = 7;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
     static BW_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -37,6 +40,17 @@ struct Avx512 {
     static BW_INLINE void store_bytes(uint8_t* p, I v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
     }
+    // Words of 4 channels (16 pixels each) to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit lanes, so the
+    // pixels come out in the order of pixel_at.
+    static BW_INLINE void store_pixels(uint8_t* p, I a, I b, I c, I d) {
+        const I ab_lo = _mm512_unpacklo_epi32(a, b), ab_hi = _mm512_unpackhi_epi32(a, b);
+        const I cd_lo = _mm512_unpacklo_epi32(c, d), cd_hi = _mm512_unpackhi_epi32(c, d);
+        _mm512_store_si512(p, _mm512_unpacklo_epi64(ab_lo, cd_lo));
+        _mm512_store_si512(p + 64, _mm512_unpackhi_epi64(ab_lo, cd_lo));
+        _mm512_store_si512(p + 128, _mm512_unpacklo_epi64(ab_hi, cd_hi));
+        _mm512_store_si512(p + 192, _mm512_unpackhi_epi64(ab_hi, cd_hi));
+    }
+    static BW_INLINE int64_t pixel_at(int64_t pixel) { return pixel % 4 * 4 + pixel / 4; }
     static BW_INLINE I load_u8(const uint8_t* p) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }

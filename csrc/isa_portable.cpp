@@ -27,6 +27,9 @@ struct Portable {
     };
     static constexpr int kTileRows = 4;
     static constexpr int kTileBlocks = 1;
+    static constexpr int kNarrowRows = 1;
+    static constexpr int kNarrowBlocks = 1;
+    static constexpr int kPixels = 2;
 
     template <class V, class Fn>
     static BW_INLINE V each(Fn fn) {
@@ -71,6 +74,14 @@ struct Portable {
     static BW_INLINE void store_bytes(uint8_t* p, const I& v) {
         for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v.v[i]);
     }
+    // Words of 4 channels (16 pixels each) to 16 bytes per pixel.
+    static BW_INLINE void store_pixels(uint8_t* p, const I& a, const I& b, const I& c, const I& d) {
+        for (int i = 0; i < kLanes; ++i) {
+            const int32_t words[4] = {a.v[i], b.v[i], c.v[i], d.v[i]};
+            std::memcpy(p + i * kLanes, words, sizeof words);
+        }
+    }
+    static BW_INLINE int64_t pixel_at(int64_t pixel) { return pixel; }
     static BW_INLINE I load_u8(const uint8_t* p) { return each<I>([=](int i) { return p[i]; }); }
     static BW_INLINE I load_s8(const int8_t* p) { return each<I>([=](int i) { return p[i]; }); }
     static BW_INLINE I mul_add(const I& acc, const I& x, const I& w) { return add_int(acc, mul_int(x, w)); }

@@ -16,6 +16,7 @@ const Kernels* table() {
         {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
         depthwise_row<S>,
         add_run<S>,
+        S::kTileRows,
         S::kTileBlocks,
     };
     return &kernels;

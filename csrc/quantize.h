@@ -66,26 +66,50 @@ int32_t quantize_run(const float* x, int64_t count, const Quantizer& quantizer, 
     return static_cast<int32_t>(total);
 }
 
-// Planes to interleaved channels: one vector holds 16 pixels of a channel; four channels are merged into 16 words that are
-// written to their pixels one by one. The divisions cost more than these stores. Codes must be unsigned bytes.
+// Planes to interleaved channels. One vector holds 16 pixels of a channel; four channels are merged into 16 words. Four such
+// vectors are transposed to 16 bytes per pixel; fewer are written word by word. Codes must be unsigned bytes.
+template <class S, bool DENSE>
+struct PlaneReader {
+    const Planes& planes;
+    const Quantize<S> quantize;
+
+    // Channels first..first+3 (those that exist) of the pixels i..i+count-1.
+    BW_INLINE typename S::I words(int64_t first, int64_t i, int64_t count) const {
+        const int64_t last = first + 4 < planes.channels ? first + 4 : planes.channels;
+        typename S::I merged = S::set_int(0);
+        for (int64_t c = last - 1; c >= first; --c) {
+            const float* source = planes.source + c * planes.channel_stride + i * planes.pixel_stride;
+            merged = S::add_int(S::shift_byte(merged), quantize.code(pixels(source, count)));
+        }
+        return merged;
+    }
+    BW_INLINE typename S::F pixels(const float* source, int64_t count) const {
+        if (DENSE && count == kLanes) return S::load(source);
+        float values[kLanes] = {};
+        for (int64_t j = 0; j < count; ++j) values[j] = source[j * planes.pixel_stride];
+        return S::load(values);
+    }
+};
+
 template <class S, bool DENSE>
 void quantize_planes_run(const Planes& p, const Quantizer& quantizer) {
-    const Quantize<S> quantize(quantizer);
-    alignas(64) float values[kLanes] = {};
-    alignas(64) int32_t words[kLanes];
+    const PlaneReader<S, DENSE> reader{p, Quantize<S>(quantizer)};
+    alignas(64) uint8_t bytes[kLanes * kLanes];
     for (int64_t i = 0; i < p.pixels; i += kLanes) {
         const int64_t count = p.pixels - i < kLanes ? p.pixels - i : kLanes;
-        typename S::I merged = S::set_int(0);
-        for (int64_t c = p.channels - 1; c >= 0; --c) {
-            const float* source = p.source + c * p.channel_stride + i * p.pixel_stride;
-            const bool direct = DENSE && count == kLanes;
-            if (!direct) {
-                for (int64_t j = 0; j < count; ++j) values[j] = source[j * p.pixel_stride];
+        const int64_t* offsets = p.offsets + i;
+        if (p.channels == kLanes) {
+            S::store_pixels(bytes, reader.words(0, i, count), reader.words(4, i, count), reader.words(8, i, count),
+                            reader.words(12, i, count));
+            for (int64_t j = 0; j < count; ++j) {
+                std::memcpy(p.destination + offsets[j], bytes + S::pixel_at(j) * kLanes, kLanes);
             }
-            merged = S::add_int(S::shift_byte(merged), quantize.code(S::load(direct ? source : values)));
+            continue;
         }
-        S::store_int(words, merged);
-        for (int64_t j = 0; j < count; ++j) std::memcpy(p.destination + p.offsets[i + j], &words[j], 4);
+        for (int64_t c = 0; c < p.channels; c += 4) {
+            S::store_int(reinterpret_cast<int32_t*>(bytes), reader.words(c, i, count));
+            for (int64_t j = 0; j < count; ++j) std::memcpy(p.destination + offsets[j] + c, bytes + 4 * j, 4);
+        }
     }
 }
 

@@ -21,3 +21,10 @@
 #else
 #define BW_UNROLL
 #endif
+
+// Hides where a pointer came from, so that loops keep it in a register of its own.
+#if defined(__GNUC__) || defined(__clang__)
+#define BW_OPAQUE(pointer) __asm__("" : "+r"(pointer))
+#else
+#define BW_OPAQUE(pointer) (void)0
+#endif

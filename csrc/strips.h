@@ -34,7 +34,10 @@ void run_strips(const Kernels& kernels, int bits, int64_t strips, int64_t blocks
     const int64_t unit = kernels.tile_blocks;
     const Range rows = split.by_blocks ? Range{0, strips} : share(strips, 1, index, count);
     const Range cols = split.by_blocks ? share(blocks, unit, index, count) : Range{0, blocks};
-    const int64_t slab = round_up(std::max<int64_t>(1, kSlabBytes / std::max<int64_t>(1, block_bytes)), unit);
+    // A single row of tiles reads each weight once: nothing to keep in the cache.
+    const bool once = rows.end - rows.begin == 1 && at(rows.begin).rows <= kernels.tile_rows;
+    const int64_t fitting = std::max<int64_t>(1, kSlabBytes / std::max<int64_t>(1, block_bytes));
+    const int64_t slab = once ? std::max<int64_t>(1, blocks) : round_up(fitting, unit);
     for (int64_t begin = cols.begin; begin < cols.end; begin += slab) {
         const int64_t end = std::min(cols.end, begin + slab);
         for (int64_t i = rows.begin; i < rows.end; ++i) kernels.gemm[weight_index(bits)](at(i), begin, end);

@@ -1,0 +1,59 @@
+"""bitwright: from a trained PyTorch model to a low-bit model that is, bit for bit, the one you trained.
+
+The straight line: `Plan` -> `prepare` -> `calibrate` -> `train` -> `convert` -> `save` / `export`; or all of it in one
+call, `quantize_model`.
+"""
+
+from bitwright.auto import Result, quantize_model
+from bitwright.bench.measure import Measurement, measure
+from bitwright.errors import BitwrightError
+from bitwright.export.onnx import export
+from bitwright.flow.calibrate import calibrate
+from bitwright.flow.checkpoint import load, load_weights, save
+from bitwright.flow.convert import convert
+from bitwright.flow.coverage import coverage
+from bitwright.flow.evaluate import compare, evaluate, item_scores, paired_drop
+from bitwright.flow.prepare import prepare
+from bitwright.graph.dataflow import record
+from bitwright.graph.rewrite import Add
+from bitwright.nn.swap import register_module
+from bitwright.numerics.qtensor import QTensor, dequantize, quantize
+from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.plan import Plan
+from bitwright.plan.site import Site
+from bitwright.train.loop import train
+from bitwright.train.schedule import Schedule, param_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Add",
+    "BitwrightError",
+    "Measurement",
+    "Plan",
+    "QTensor",
+    "QuantSpec",
+    "Result",
+    "Schedule",
+    "Site",
+    "calibrate",
+    "compare",
+    "convert",
+    "coverage",
+    "dequantize",
+    "evaluate",
+    "export",
+    "item_scores",
+    "load",
+    "load_weights",
+    "measure",
+    "paired_drop",
+    "param_groups",
+    "prepare",
+    "quantize",
+    "quantize_model",
+    "record",
+    "register_module",
+    "save",
+    "train",
+]

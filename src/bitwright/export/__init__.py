@@ -1,0 +1,1 @@
+"""Files for other runtimes, and the comparison with what they compute."""

@@ -1,0 +1,1 @@
+"""The verbs: prepare, calibrate, convert, save, load, evaluate, coverage."""

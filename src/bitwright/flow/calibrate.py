@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,8 @@ def calibrate(
 
     A batch is what the model takes (a tensor, a tuple of positional or a dict of keyword arguments); for other data
     pass ``forward``, e.g. ``lambda model, batch: model(batch[0])``. Plans without static activations need no batches.
-    Runs in eval mode without gradients. Raises `CalibrationError` for no batches, values that are not finite, batches that
-    do not fit, and modules that never ran; the model then still computes in float.
+    Runs in eval mode without gradients. Raises `CalibrationError` for no batches, values that are not finite,
+    batches that do not fit, and modules that never ran; the model then still computes in float.
     """
     plan_of(model)
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
@@ -66,7 +66,9 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module,
             if isinstance(batch, (tuple, list)):
                 hint = "; its items were passed as separate arguments: for (input, label) batches pass "
                 hint += "forward=lambda model, batch: model(batch[0])"
-            raise CalibrationError(f"batch {count} with shapes {shapes} does not fit the model: {cause}{hint}") from cause
+            raise CalibrationError(
+                f"batch {count} with shapes {shapes} does not fit the model: {cause}{hint}"
+            ) from cause
         count += 1
     return count
 
@@ -83,7 +85,7 @@ def _inputs(layers: Iterable[nn.Module]) -> list[Quantizer]:
 
 
 @contextmanager
-def _counting(layers: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
+def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
     hits = dict.fromkeys(layers, 0)
 
     def counter(name: str) -> Callable[..., None]:
@@ -105,8 +107,8 @@ def _check_hits(hits: dict[str, int]) -> None:
     if missed:
         raise CalibrationError(
             f"{len(missed)} of {len(hits)} quantized modules never ran during calibration: {', '.join(missed[:8])}"
-            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'. If they "
-            "sit in nn.TransformerEncoderLayer, call torch.backends.mha.set_fastpath_enabled(False)"
+            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'. "
+            "If they sit in nn.TransformerEncoderLayer, call torch.backends.mha.set_fastpath_enabled(False)"
         )
 
 

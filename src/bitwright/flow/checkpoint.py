@@ -38,7 +38,12 @@ def save(model: nn.Module, folder: str | Path) -> None:
     if folder.exists() and not (folder.is_dir() and ((folder / PLAN).exists() or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder} exists and is no bitwright checkpoint; choose another folder")
     tensors, aliases = _distinct(model.state_dict())
-    metadata = {"format": "bitwright", "version": VERSION, "kind": _kind(model), "aliases": json.dumps(aliases)}
+    metadata = {
+        "format": "bitwright",
+        "version": VERSION,
+        "kind": _kind(model),
+        "aliases": json.dumps(aliases),
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -60,8 +65,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | None = None) -> nn.Module:
     """The saved model, rebuilt on ``model``: the float model from the user's own code, whose values do not matter.
 
-    ``features`` is passed to `convert`. Raises `CheckpointError` for a folder that is missing, corrupt, foreign, or made
-    for another model.
+    ``features`` is passed to `convert`. Raises `CheckpointError` for a folder that is missing, corrupt, foreign, or
+    made for another model.
     """
     folder = Path(folder)
     tensors, metadata = read_tensors(folder / TENSORS)
@@ -91,8 +96,8 @@ def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | Non
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a float checkpoint into ``model`` in place: ``.safetensors``, or a state dict written by `torch.save`.
 
-    A state dict under a ``state_dict`` key and names that start with ``module.`` (data-parallel training) are understood.
-    Nothing executable is loaded. Raises `CheckpointError`.
+    A state dict under a ``state_dict`` key and names that start with ``module.`` (data-parallel training) are
+    understood. Nothing executable is loaded. Raises `CheckpointError`.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -119,7 +124,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} does not exist; expected a file written by bitwright.save or safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as cause:
         raise CheckpointError(f"{path} is corrupt or no safetensors file: {cause}") from cause
 

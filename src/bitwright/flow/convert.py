@@ -26,11 +26,11 @@ from bitwright.numerics.spec import QParams
 
 
 def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str] | None = None) -> nn.Module:
-    """The shipped model in eval mode: packed low-bit layers, no simulation and no float copy of a quantized weight left.
+    """The shipped model in eval mode: packed low-bit layers, no simulation, no float copy of a quantized weight.
 
-    In eval mode its output equals the simulated model's bit for bit (contract C2). ``features`` restricts the kernels to
-    those CPU features (default: this machine's; ``frozenset()`` takes the torch reference rows). Raises `ModelError` for a
-    model that was not prepared and calibrated.
+    In eval mode its output equals the simulated model's bit for bit (contract C2). ``features`` restricts the
+    kernels to those CPU features (default: this machine's; ``frozenset()`` takes the torch reference rows). Raises
+    `ModelError` for a model that was not prepared and calibrated.
     """
     plan = plan_of(model)
     waiting = [q.site for q in model.modules() if isinstance(q, Quantizer) and q.stage is not Stage.SIMULATE]
@@ -57,9 +57,7 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, (LowbitLayer, LowbitAdd)) for module in model.modules())
 
 
-def _shipped(
-    module: nn.Module, features: frozenset[str], packed: dict[tuple[int, int], QTensor]
-) -> nn.Module | None:
+def _shipped(module: nn.Module, features: frozenset[str], packed: dict[tuple[int, int], QTensor]) -> nn.Module | None:
     """The module that replaces ``module``, None if it stays."""
     if isinstance(module, (FoldedBatchNorm1d, FoldedBatchNorm2d)):
         return nn.Identity()

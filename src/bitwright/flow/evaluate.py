@@ -55,8 +55,8 @@ class Drop:
 def paired_drop(before: Tensor, after: Tensor, *, resamples: int = 10_000, seed: int = 0) -> Drop:
     """The score lost between two models on the same items, by bootstrap over items (percentile interval).
 
-    For right-or-wrong scores this is ``(b - c) / n``, with b and c the items that only the first or only the second model
-    gets right. Raises `NumericsError` when the lengths differ.
+    For right-or-wrong scores this is ``(b - c) / n``, with b and c the items that only the first or only the second
+    model gets right. Raises `NumericsError` when the lengths differ.
 
     >>> paired_drop(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 1.0])).drop
     0.25
@@ -71,14 +71,17 @@ def paired_drop(before: Tensor, after: Tensor, *, resamples: int = 10_000, seed:
     else:
         difference = before.double() - after.double()
         means = torch.stack(
-            [difference[torch.randint(len(before), (len(before),), generator=generator)].mean() for _ in range(resamples)]
+            [
+                difference[torch.randint(len(before), (len(before),), generator=generator)].mean()
+                for _ in range(resamples)
+            ]
         )
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Drop((before.double() - after.double()).mean().item(), low, high, len(before))
 
 
 def _multinomial(counts: Tensor, items: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """How often each distinct difference appears in ``resamples`` resamples of ``items`` items: one binomial after another."""
+    """How often each distinct difference appears in each resample of ``items`` items: one binomial after another."""
     left = torch.full((resamples,), float(items), dtype=torch.float64)
     share_left, columns = 1.0, []
     for share in (counts.double() / items).tolist():
@@ -99,7 +102,7 @@ class LayerDifference:
 
 
 def compare(model: nn.Module, other: nn.Module, batch: Any, paths: Iterable[str]) -> list[LayerDifference]:
-    """Outputs of the modules at ``paths`` in two models on one batch, in order; sqnr is infinite where they are equal."""
+    """Differences of the modules at ``paths`` between two models on one batch; sqnr is infinite where they are equal."""
     paths = list(paths)
     left, right = outputs_of(model, batch, paths), outputs_of(other, batch, paths)
     return [difference(path, left[path], right[path]) for path in paths if path in left and path in right]

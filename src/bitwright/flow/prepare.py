@@ -67,9 +67,13 @@ def _check_weights(plan: Plan, model: nn.Module) -> None:
             weight = module.get_parameter("weight")
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
-                raise ModelError(f"{site}: {bad} of {weight.numel()} weights are NaN or infinite; repair the checkpoint")
+                raise ModelError(
+                    f"{site}: {bad} of {weight.numel()} weights are NaN or infinite; repair the checkpoint"
+                )
             if getattr(module, "max_norm", None) is not None:
-                raise ModelError(f"{site}: an embedding with max_norm rewrites its own weights; set the site to 'float'")
+                raise ModelError(
+                    f"{site}: an embedding with max_norm rewrites its own weights; set the site to 'float'"
+                )
 
 
 def _name_adds(model: nn.Module, plan: Plan) -> None:

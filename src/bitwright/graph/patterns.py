@@ -10,12 +10,14 @@ from torch import nn
 from bitwright.graph.dataflow import ADDS, Dataflow, Node
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten)
 _VIEWS = frozenset(
     "view reshape transpose permute contiguous unsqueeze squeeze expand flatten unflatten to float type_as clone "
     "detach dropout chunk split getitem select narrow movedim swapaxes get".split()
 )
+_OUTPUT_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
 _OUTPUT_ONLY = frozenset("softmax log_softmax sigmoid log_sigmoid argmax".split())
 
 
@@ -34,16 +36,16 @@ def fold_batchnorms(flow: Dataflow, model: nn.Module) -> dict[str, str]:
         if not isinstance(module, WEIGHTED) or len(node.users) != 1 or node.index in flow.outputs:
             continue
         user = flow.nodes[node.users[0]]
-        norm = _module(user, model)
+        norm = _norm(user, model)
         once = len(flow.calls(node.name)) == len(flow.calls(user.name)) == 1
-        if isinstance(norm, _NORMS) and norm.track_running_stats and once and _channels_match(module, norm, user):
+        if norm is not None and norm.track_running_stats and once and _channels_match(module, norm, user):
             pairs[node.name] = user.name
     return pairs
 
 
-def _channels_match(module: nn.Module, norm: nn.Module, call: Node) -> bool:
+def _channels_match(module: nn.Module, norm: _Norm, call: Node) -> bool:
     """A norm normalises axis 1; a linear layer's channels are its last axis, which is the same one only in 2-D."""
-    return norm.num_features == module.weight.shape[0] and (  # type: ignore[union-attr, index]
+    return norm.num_features == module.weight.shape[0] and (  # type: ignore[index]
         not isinstance(module, nn.Linear) or len(call.shapes[0]) == 2
     )
 
@@ -61,11 +63,12 @@ def fusions(flow: Dataflow, model: nn.Module) -> list[tuple[str, ...]]:
     """
     chains, taken = [], set()
     for node in flow.nodes:
-        if node.index in taken or not isinstance(_module(node, model), (*WEIGHTED, *_NORMS)):
+        weighted = isinstance(_module(node, model), WEIGHTED)
+        if node.index in taken or not (weighted or _norm(node, model)):
             continue
         chain = [node]
         if follower := _only_user(flow, chain[-1]):
-            if isinstance(_module(node, model), WEIGHTED) and isinstance(_module(follower, model), _NORMS):
+            if weighted and _norm(follower, model):
                 chain.append(follower)
         follower = _only_user(flow, chain[-1])
         if follower and _is_relu(follower, model):
@@ -86,7 +89,7 @@ def shared_inputs(flow: Dataflow, paths: list[str]) -> list[list[str]]:
 
 
 def residual_adds(flow: Dataflow, model: nn.Module) -> list[Node]:
-    """Functional adds of two activations of equal shape whose branches part at a common tensor and hold a weighted layer.
+    """Functional adds of two equal shapes whose branches part at a common tensor and hold a weighted layer.
 
     The shape of the graph decides, not the name: rotary embeddings and position embeddings add too.
     """
@@ -119,7 +122,7 @@ def classifiers(flow: Dataflow, model: nn.Module) -> list[str]:
     found = []
     for index in flow.outputs:
         node = flow.nodes[index]
-        while node.inputs and (_is_view(node, model) or node.name in _OUTPUT_ONLY):
+        while node.inputs and (_is_view(node, model) or _is_output_only(node, model)):
             node = flow.nodes[node.inputs[0]]
         if isinstance(_module(node, model), nn.Linear) and node.name not in found:
             found.append(node.name)
@@ -146,8 +149,20 @@ def _module(node: Node, model: nn.Module) -> nn.Module | None:
     return model.get_submodule(node.name) if node.kind == "module" else None
 
 
+def _norm(node: Node, model: nn.Module) -> _Norm | None:
+    """The batch norm that ``node`` calls. Not a subclass of one, which may compute more (timm's applies a ReLU too)."""
+    module = _module(node, model)
+    return module if isinstance(module, _NORMS) and type(module) in _NORMS else None
+
+
 def _is_view(node: Node, model: nn.Module) -> bool:
     return isinstance(_module(node, model), _TRANSPARENT) or (node.kind == "function" and node.name in _VIEWS)
+
+
+def _is_output_only(node: Node, model: nn.Module) -> bool:
+    if node.kind == "module":
+        return isinstance(_module(node, model), _OUTPUT_MODULES)
+    return node.name in _OUTPUT_ONLY
 
 
 def _is_relu(node: Node, model: nn.Module) -> bool:

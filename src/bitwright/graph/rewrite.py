@@ -8,7 +8,7 @@ becomes a subclass of itself with that forward. Parameters, keys, hooks and ``is
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 
 from bitwright.errors import ModelError
 from bitwright.graph.dataflow import evaluating
+
+_IN_PLACE = (operator.iadd, "add_", "__iadd__")
+_NEW_MEMORY = frozenset("add sub mul truediv div matmul cat relu gelu silu pad interpolate".split())
 
 
 class Add(nn.Module):
@@ -30,9 +33,34 @@ class Add(nn.Module):
         return a + b
 
 
+def _recorded(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+class _InPlaceProxy(fx.Proxy):
+    """A proxy that records ``a += b`` as it is, in place; a plain proxy records ``a = a + b``."""
+
+    __iadd__ = _recorded(operator.iadd)
+    __isub__ = _recorded(operator.isub)
+    __imul__ = _recorded(operator.imul)
+    __itruediv__ = _recorded(operator.itruediv)
+    __ifloordiv__ = _recorded(operator.ifloordiv)
+    __imod__ = _recorded(operator.imod)
+    __ipow__ = _recorded(operator.ipow)
+    __iand__ = _recorded(operator.iand)
+    __ior__ = _recorded(operator.ior)
+    __ixor__ = _recorded(operator.ixor)
+
+
 class _ChildrenAreLeaves(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
 
 
 def _is_add(node: fx.Node) -> bool:
@@ -50,6 +78,9 @@ def _trace(module: nn.Module) -> fx.Graph:
             graphs.append(_ChildrenAreLeaves().trace(module))
     if str(graphs[0]) != str(graphs[1]):
         raise ModelError("its forward differs between train and eval mode")
+    optional = [str(node.target) for node in graphs[0].nodes if node.op == "placeholder" and node.args]
+    if optional:  # a trace cannot tell an argument that was given from one that was left out
+        raise ModelError(f"its forward has optional arguments ({', '.join(optional)})")
     return graphs[0]
 
 
@@ -66,22 +97,46 @@ def why_not_nameable(module: nn.Module, count: int) -> str:
     adds = _tensor_adds(graph)
     if len(adds) != count:
         return f"{type(module).__name__}.forward shows {len(adds)} adds when traced and {count} when run"
-    return next((reason for add in adds if (reason := _aliasing(add))), "")
+    return next((reason for i, add in enumerate(adds) if (reason := _unsafe(module, add, i))), "")
 
 
-def _aliasing(add: fx.Node) -> str:
-    """An in-place add may only become an ordinary one if nobody looks at the overwritten tensor later."""
-    in_place = add.target in (operator.iadd, "add_", "__iadd__")
-    target = add.args[0]
-    if in_place and isinstance(target, fx.Node) and any(user > add for user in target.users):
-        return f"the in-place add {add.name} overwrites a tensor that is used again"
+def _unsafe(module: nn.Module, add: fx.Node, ordinal: int) -> str:
+    """Why ``add`` cannot become ``self.add_<ordinal>(a, b)``; empty if it can."""
+    if hasattr(module, f"add_{ordinal}"):
+        return f"{type(module).__name__} has an attribute add_{ordinal} already"
+    if add.kwargs or len(add.args) != 2:
+        return f"the add {add.name} has keyword arguments ({', '.join(add.kwargs)})"
+    if add.target in _IN_PLACE:
+        return _aliasing(module, add)
     return ""
+
+
+def _aliasing(module: nn.Module, add: fx.Node) -> str:
+    """An in-place add may only become an ordinary one if nobody looks at the overwritten memory later."""
+    source = add.args[0]
+    while isinstance(source, fx.Node):
+        if any(user > add for user in source.users):
+            return f"the in-place add {add.name} overwrites a tensor that is used again"
+        if source.op in ("placeholder", "get_attr"):
+            return f"the in-place add {add.name} overwrites {source.target}, which belongs to the caller"
+        if _makes_new_memory(module, source):
+            break
+        source = next(iter(source.all_input_nodes), None)
+    return ""
+
+
+def _makes_new_memory(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the result of ``node`` cannot be (a view of) its first argument; modules with parameters compute."""
+    if node.op == "call_module":
+        return next(module.get_submodule(str(node.target)).parameters(), None) is not None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.strip("_") in _NEW_MEMORY and not name.endswith("_") and not node.kwargs.get("inplace", False)
 
 
 def name_adds(module: nn.Module, ordinals: Iterable[int]) -> None:
     """Turn the adds number ``ordinals`` of ``module.forward`` into children ``add_0``, ``add_1``, ... in place.
 
-    Raises `ModelError` when the forward cannot be traced or has no such add.
+    Raises `ModelError` when the forward cannot be traced, has no such add, or the add cannot be taken out of its place.
     """
     graph = _trace(module)
     adds = _tensor_adds(graph)
@@ -92,6 +147,8 @@ def name_adds(module: nn.Module, ordinals: Iterable[int]) -> None:
                 "make a new plan for this model"
             )
         node, name = adds[ordinal], f"add_{ordinal}"
+        if reason := _unsafe(module, node, ordinal):
+            raise ModelError(f"{type(module).__name__}.forward: {reason}; write it as bitwright.Add")
         with graph.inserting_before(node):
             replacement = graph.call_module(name, node.args)
         node.replace_all_uses_with(replacement)

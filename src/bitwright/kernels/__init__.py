@@ -1,0 +1,1 @@
+"""The meaning of every operator, its native kernels, and the table that chooses."""

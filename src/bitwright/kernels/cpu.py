@@ -6,7 +6,6 @@ The native module knows no torch; it gets addresses and sizes. Here tensors are 
 (``csrc/dispatch.h`` states the arithmetic). Where the package was installed without a compiler, ``native`` is
 None, ``cpu_features()`` is empty and every operator raises KernelError.
 """
-# ruff: noqa: PLR0917 - the operator schemas fix the positional arguments
 
 from __future__ import annotations
 
@@ -159,14 +158,15 @@ def _conv2d(
 def _conv2d_out(
     x: Tensor, o: int, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    if min(stride) < 1:
+    if stride[0] < 1 or stride[1] < 1:
         raise KernelError(f"conv2d: stride must be positive, got {list(stride)}")
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    sizes = [(x.shape[2 + i] + 2 * padding[i] - spans[i]) // stride[i] + 1 for i in (0, 1)]
-    if min(sizes) < 1:
-        raise KernelError(f"conv2d: a filter that spans {spans} does not fit an image of {list(x.shape[2:])}")
-    shape = (x.shape[0], o, *sizes)
-    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+    n, _, h, w = x.shape
+    span_h, span_w = (kernel_size[0] - 1) * dilation[0] + 1, (kernel_size[1] - 1) * dilation[1] + 1
+    ho = (h + 2 * padding[0] - span_h) // stride[0] + 1
+    wo = (w + 2 * padding[1] - span_w) // stride[1] + 1
+    if ho < 1 or wo < 1:
+        raise KernelError(f"conv2d: a filter that spans {span_h} x {span_w} does not fit an image of {h} x {w}")
+    return torch.empty((n, o, ho, wo), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
 def _conv2d_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
@@ -225,14 +225,14 @@ def _refuse(op: str, error: ValueError) -> NoReturn:
 
 
 def _weight_codes(codes: Tensor, dim: int) -> Tensor:
-    if codes.dtype != torch.int8 or codes.device.type != "cpu" or codes.dim() != dim:
+    if codes.dtype is not torch.int8 or not codes.is_cpu or codes.dim() != dim:
         raise KernelError(f"weight codes must be {dim}-d CPU int8, got {codes.dtype} {list(codes.shape)}")
     return codes.contiguous()
 
 
 def _check_floats(x: Tensor, name: str) -> None:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise KernelError(f"{name} must be float32 on the CPU, got {x.dtype} on {x.device}")
+    if x.dtype is not torch.float32:  # that it is on the CPU was the dispatcher's choice
+        raise KernelError(f"{name} must be float32, got {x.dtype}")
 
 
 def _parameter(value: Tensor, sizes: tuple[int, ...], name: str) -> Tensor:
@@ -245,7 +245,7 @@ def _parameter(value: Tensor, sizes: tuple[int, ...], name: str) -> Tensor:
 def _check_outputs(
     n: int, weight_scale: Tensor, weight_sum: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if weight_sum.dtype != torch.int32 or weight_sum.numel() != n or weight_sum.device.type != "cpu":
+    if weight_sum.dtype is not torch.int32 or weight_sum.numel() != n:
         raise KernelError(f"weight_sum must be {n} int32, got {weight_sum.numel()} {weight_sum.dtype}")
     bias = None if bias is None else _parameter(bias, (n,), "bias")
     return _parameter(weight_scale, (n,), "weight_scale"), weight_sum.contiguous(), bias
@@ -253,7 +253,7 @@ def _check_outputs(
 
 def _check_layout(weight: Tensor, expected: int) -> None:
     found = weight.numel() * weight.element_size()
-    if found != expected or not weight.is_contiguous() or weight.device.type != "cpu":
+    if found != expected or not weight.is_contiguous():
         raise KernelError(f"packed weights have {found} bytes, these shapes need {expected} contiguous bytes")
 
 

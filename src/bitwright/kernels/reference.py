@@ -90,10 +90,8 @@ def add(a: Codes, b: Codes) -> Tensor:
     return a.values * a.scale + b.values * b.scale
 
 
-def _exact(
-    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, limit: int, axis: int | None
-) -> Tensor:
-    """The integer product rounded once to float32, by blocks along the input ``axis``, or in float64 where it has none."""
+def _exact(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, limit: int, axis: int | None) -> Tensor:
+    """The integer product rounded once to float32: by blocks along the input ``axis``, in float64 without one."""
     blocks = -(-limit // EXACT)
     if blocks == 1:
         return product(x, w)

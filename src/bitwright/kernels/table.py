@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One row: ``refuses`` says why it cannot serve a weight and input spec (empty = it can), ``requires`` CPU features."""
+    """One row: ``refuses`` says why it cannot serve a pair of specs (empty = it can), ``requires`` CPU features."""
 
     name: str
     op: str
@@ -114,7 +114,13 @@ def _run_native_linear(
 
 
 def _run_native_conv(
-    isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, g: Geometry
+    isa: int,
+    x: Tensor,
+    packed: Packed,
+    weight: QuantSpec,
+    bias: Tensor | None,
+    input: Activation,
+    g: Geometry,
 ) -> Tensor:
     spec, qparams = input
     qparams = live_qparams(x, spec) if qparams is None else qparams
@@ -253,7 +259,12 @@ def explain(
 
 
 def _why_not(
-    kernel: Kernel, op: str, weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...], features: frozenset[str]
+    kernel: Kernel,
+    op: str,
+    weight: QuantSpec,
+    input: QuantSpec | None,
+    shape: tuple[int, ...],
+    features: frozenset[str],
 ) -> str:
     if kernel.op != op:
         return f"computes {kernel.op}"

@@ -1,0 +1,1 @@
+"""Shipped layers: packed codes and a kernel."""

@@ -14,8 +14,8 @@ from bitwright.numerics.qtensor import QTensor
 class LowbitConv(LowbitLayer):
     """``[n, c, ...] -> [n, o, ...]`` from packed codes, bit for bit what `nn.conv` simulates.
 
-    ``prepad`` holds (sizes, mode) of padding that is done on the float input (named padding, modes other than zeros), or
-    None; ``spatial`` is 1 or 2.
+    ``prepad`` holds (sizes, mode) of padding that is done on the float input (named padding, modes other than
+    zeros), or None; ``spatial`` is 1 or 2.
     """
 
     op = "conv"
@@ -43,4 +43,3 @@ class LowbitConv(LowbitLayer):
         out = self.kernel.run(images, self.constants, self.weight_spec, self.bias, self.input, self.geometry)
         out = out.squeeze(2) if self.spatial == 1 else out
         return out if batched else out.squeeze(0)
-

@@ -24,7 +24,9 @@ class LowbitAdd(nn.Module):
             assert qparams is not None
             zero_point = qparams.zero_point
             self.register_buffer(f"input_scale_{number}", qparams.scale.detach().clone())
-            self.register_buffer(f"input_zero_point_{number}", None if zero_point is None else zero_point.detach().clone())
+            self.register_buffer(
+                f"input_zero_point_{number}", None if zero_point is None else zero_point.detach().clone()
+            )
         self.kernel = table.select("add", self.input_specs[0], self.input_specs[1], (), features)
 
     @property

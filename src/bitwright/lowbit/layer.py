@@ -1,8 +1,8 @@
 """What all shipped layers share: packed codes as buffers, and a kernel that reads them in its own layout.
 
-The buffers ``packed``, ``weight_scale``, ``weight_zero_point``, ``bias``, ``input_scale`` and ``input_zero_point`` are what
-files hold (see `numerics.packing` for the bytes). The kernel's layout is derived from them, is never saved, and is
-rebuilt after loading. No float weight is left.
+The buffers ``packed``, ``weight_scale``, ``weight_zero_point``, ``bias``, ``input_scale`` and ``input_zero_point``
+are what files hold (see `numerics.packing` for the bytes). The kernel's layout is derived from them, is never saved,
+and is rebuilt after loading. No float weight is left.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class LowbitLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, specs and kernel, for ``print(model)``."""
-        return f"{list(self.shape)}, weight={self.weight_spec}, input={self.input_spec or 'float'}, kernel={self.kernel.name}"
+        specs = f"weight={self.weight_spec}, input={self.input_spec or 'float'}"
+        return f"{list(self.shape)}, {specs}, kernel={self.kernel.name}"
 
 
 def _lay_out_again(layer: nn.Module, incompatible: object) -> None:

@@ -8,7 +8,7 @@ from bitwright.lowbit.layer import LowbitLayer
 
 
 class LowbitLinear(LowbitLayer):
-    """``[..., in_features] -> [..., out_features]`` from packed codes, bit for bit what `nn.linear.QLinear` simulates."""
+    """``[..., in_features] -> [..., out_features]`` from packed codes, bit for bit what `QLinear` simulates."""
 
     op = "linear"
 

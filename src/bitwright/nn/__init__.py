@@ -1,0 +1,1 @@
+"""Simulated layers: what is trained."""

@@ -25,9 +25,7 @@ def geometry_of(conv: nn.Conv1d | nn.Conv2d) -> Geometry:
         values = tuple(int(value) for value in values)
         return (fill, *values) if len(values) == 1 else values
 
-    return Geometry(
-        two(conv.kernel_size, 1), two(conv.stride, 1), two(padding, 0), two(conv.dilation, 1), conv.groups
-    )
+    return Geometry(two(conv.kernel_size, 1), two(conv.stride, 1), two(padding, 0), two(conv.dilation, 1), conv.groups)
 
 
 def prepad_of(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, ...], str] | None:

@@ -11,7 +11,7 @@ from bitwright.numerics.spec import QParams
 
 
 class QEmbedding(QLayer, nn.Embedding):
-    """`nn.Embedding` whose rows are quantized after the lookup: only touched rows are encoded, and the result is the same."""
+    """`nn.Embedding` that encodes rows after the lookup: the result of encoding the table, for touched rows only."""
 
     bias = None
 

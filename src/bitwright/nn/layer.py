@@ -34,7 +34,7 @@ class QLayer(nn.Module):
         self.norm, self.freeze_norm = (), False
 
     def fold(self, norm: _BatchNorm) -> None:
-        """Compute ``norm`` inside this layer; the norm itself becomes an identity that keeps its parameters and keys."""
+        """Compute ``norm`` inside this layer; the norm becomes an identity that keeps its parameters and keys."""
         self.norm = (norm,)  # in a tuple, so that it stays registered (and named) at its own place only
         norm.__class__ = _identity_norm(type(norm))
 
@@ -45,7 +45,7 @@ class QLayer(nn.Module):
 
     @property
     def integer_product(self) -> bool:
-        """Whether both operands are integer codes whose scales leave the sum (contract C2); else codes are decoded first."""
+        """Whether both operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
         weight, input = self.weight_quantizer, self.input_quantizer
         return (
             weight is not None

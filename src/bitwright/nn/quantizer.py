@@ -31,8 +31,9 @@ class Stage(enum.Enum):
 class Quantizer(nn.Module):
     """Turns a tensor into codes by its spec, with a scale that was calibrated or is being learned.
 
-    ``scale`` is a parameter (float32, at least one dimension; trained only while its ``requires_grad`` is set), with the
-    shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Dynamic specs have neither.
+    ``scale`` is a parameter (float32, at least one dimension; trained only while its ``requires_grad`` is set), with
+    the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Dynamic specs have
+    neither.
     """
 
     def __init__(self, site: str, spec: QuantSpec, shape: tuple[int, ...] | None, observer: str) -> None:

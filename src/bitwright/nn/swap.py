@@ -38,7 +38,9 @@ def register_module(cls: type[nn.Module]) -> type[nn.Module]:
     """
     base = next((known for known in OPERATORS if issubclass(cls, known)), None)
     if base is None or base is cls or cls in SWAPS:
-        raise ModelError(f"cannot register {cls.__name__}: {'it is known already' if base else 'no known layer is its base'}")
+        raise ModelError(
+            f"cannot register {cls.__name__}: {'it is known already' if base else 'no known layer is its base'}"
+        )
     OPERATORS[cls] = OPERATORS[base]
     SWAPS[cls] = type(f"Q{cls.__name__}", (SWAPS[base], cls), {})
     return cls

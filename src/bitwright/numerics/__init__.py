@@ -1,0 +1,1 @@
+"""Number formats, specs, encode and decode, packing: pure functions on tensors."""

@@ -43,9 +43,9 @@ class _RoundSTE(torch.autograd.Function):
 def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Scale and zero point for values in ``[lo, hi]``, one pair per entry.
 
-    Symmetric: ``s = max(|lo|, |hi|) / qmax`` (``max|x|`` of a codebook is 1, so s is the largest magnitude). Asymmetric:
-    ``s = (hi - lo) / (qmax - qmin)``, ``z = clamp(qmin - rint(lo / s), qmin, qmax)`` on the range extended to contain 0
-    (Jacob 2018, section 2.1). Raises `NumericsError` when a bound is not finite.
+    Symmetric: ``s = max(|lo|, |hi|) / qmax`` (``max|x|`` of a codebook is 1, so s is the largest magnitude).
+    Asymmetric: ``s = (hi - lo) / (qmax - qmin)``, ``z = clamp(qmin - rint(lo / s), qmin, qmax)`` on the range
+    extended to contain 0 (Jacob 2018, section 2.1). Raises `NumericsError` when a bound is not finite.
 
     >>> p = choose_qparams(torch.tensor([-1.0]), torch.tensor([2.03]), QuantSpec.parse("uint8/asym"))
     >>> round(p.scale.item(), 6), p.zero_point.item()
@@ -53,7 +53,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
     if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
-        raise NumericsError("a range bound is NaN or infinite; clean the data before choosing a scale")
+        raise NumericsError(f"cannot choose a scale for {spec}: a range bound is NaN or infinite; clean the data first")
     fmt = spec.format
     if fmt.dtype is not None:
         return QParams(torch.ones_like(hi))
@@ -68,8 +68,8 @@ def encode(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     """Codes of ``x`` as an integer-valued float32 tensor of the same shape; differentiable.
 
     ``code = clamp(rint(x / s) + z, qmin, qmax)``. Gradient to x: 1 where the code was not clipped, else 0. While the
-    scale is being learned the clip comes before the rounding, which gives LSQ's gradient to the scale (Esser 2020, eq. 3).
-    Codebook formats return the index of the nearest entry; float formats return the rounded float itself.
+    scale is being learned the clip comes before the rounding, which gives LSQ's gradient to the scale (Esser 2020,
+    eq. 3). Codebook formats return the index of the nearest entry; float formats return the rounded float itself.
 
     >>> p = QParams(torch.tensor([0.5]), torch.tensor([1.0]))
     >>> encode(torch.tensor([0.25, 0.75, 1.25, -0.25]), QuantSpec.parse("uint8/asym"), p).tolist()
@@ -88,8 +88,8 @@ def _encode_aligned(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tenso
     steps = x / scale
     if fmt.codebook:
         return nearest_code(steps, fmt.codebook)
-    shift = 0.0 if zero_point is None else zero_point
     if scale.requires_grad:
+        shift = torch.zeros_like(scale) if zero_point is None else zero_point
         rounded = _RoundSTE.apply(torch.clamp(steps, fmt.qmin - shift, fmt.qmax - shift))
         return rounded if zero_point is None else rounded + zero_point
     rounded = _RoundSTE.apply(steps)

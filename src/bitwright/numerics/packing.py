@@ -31,11 +31,11 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
         return unsigned
     if fmt.name == "ternary":
         digits = F.pad(unsigned, (0, -unsigned.shape[-1] % 5)).unflatten(-1, (-1, 5))
-        return (digits * torch.tensor(_TRITS, dtype=torch.uint8)).sum(-1).to(torch.uint8)
-    bits = (unsigned.unsqueeze(-1) >> torch.arange(fmt.bits, dtype=torch.uint8)) & 1
+        return (digits * torch.tensor(_TRITS, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8)
+    bits = (unsigned.unsqueeze(-1) >> torch.arange(fmt.bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = bits.flatten(-2)
     stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
@@ -50,8 +50,8 @@ def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
     if fmt.bits == 8:
         return packed.to(torch.int16) + fmt.qmin
     if fmt.name == "ternary":
-        digits = (packed.unsqueeze(-1) // torch.tensor(_TRITS, dtype=torch.uint8)) % 3
+        digits = (packed.unsqueeze(-1) // torch.tensor(_TRITS, dtype=torch.uint8, device=packed.device)) % 3
         return digits.flatten(-2)[..., :count].to(torch.int16) + fmt.qmin
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     codes = bits.flatten(-2)[..., : count * fmt.bits].unflatten(-1, (count, fmt.bits))
-    return (codes << torch.arange(fmt.bits, dtype=torch.uint8)).sum(-1).to(torch.int16) + fmt.qmin
+    return (codes << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)).sum(-1).to(torch.int16) + fmt.qmin

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import NumericsError
-from bitwright.numerics.affine import choose_qparams, decode, encode
+from bitwright.numerics.affine import EPS, choose_qparams, decode, encode
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.spec import QParams, QuantSpec
 
@@ -33,8 +33,7 @@ class QTensor:
         """Scale and zero point as tensors."""
         if isinstance(self.scale, Tensor):
             return QParams(self.scale, self.zero_point)
-        scale = dequantize(self.scale)
-        return QParams(scale.view(self.spec.granularity.scale_shape(self.shape)), self.zero_point)
+        return QParams(_decoded(self.scale, self.spec.granularity.scale_shape(self.shape)), self.zero_point)
 
     @property
     def codes(self) -> Tensor:
@@ -52,12 +51,16 @@ class QTensor:
 def quantize(x: Tensor, spec: QuantSpec, qparams: QParams | None = None) -> QTensor:
     """Encode and pack ``x``; without ``qparams`` the range is its minimum and maximum.
 
-    Raises `NumericsError` for values that are not finite.
+    Raises `NumericsError` for values that are not finite, and for tensors without elements or dimensions.
 
     >>> q = quantize(torch.tensor([[0.0, 1.0, -7.0]]), QuantSpec.parse("int4/channel"))
     >>> q.codes.tolist(), q.nbytes
     ([[0, 1, -7]], 6)
     """
+    if not x.dim() or not x.numel():
+        raise NumericsError(
+            f"cannot quantize to {spec}: needs at least one dimension and one value, found shape {list(x.shape)}"
+        )
     if not torch.isfinite(x).all():
         count = int((~torch.isfinite(x)).sum())
         raise NumericsError(f"cannot quantize to {spec}: {count} of {x.numel()} values are NaN or infinite")
@@ -68,11 +71,15 @@ def quantize(x: Tensor, spec: QuantSpec, qparams: QParams | None = None) -> QTen
     scale: Tensor | QTensor = qparams.scale.detach().clone()
     if spec.scale is not None:
         scale = quantize(scale.reshape(1, -1), spec.scale)
-        decoded = dequantize(scale).view(qparams.scale.shape)
-        qparams = QParams(decoded, qparams.zero_point)
+        qparams = QParams(_decoded(scale, qparams.scale.shape), qparams.zero_point)
     codes = encode(x.detach(), spec, qparams)
     zero_point = None if qparams.zero_point is None else qparams.zero_point.detach().clone()
     return QTensor(pack_rows(codes, spec), scale, zero_point, spec, tuple(x.shape))
+
+
+def _decoded(scale: QTensor, shape: tuple[int, ...]) -> Tensor:
+    """A quantized scale in float32; one that was rounded to 0 becomes the smallest scale, so that nothing divides by 0."""
+    return dequantize(scale).clamp(min=EPS).view(shape)
 
 
 def pack_rows(codes: Tensor, spec: QuantSpec) -> Tensor:

@@ -1,0 +1,1 @@
+"""From tensors to ranges: observers for streams, range search for weights."""

@@ -14,6 +14,8 @@ from bitwright.errors import SpecError
 from bitwright.numerics.affine import choose_qparams, decode, encode
 from bitwright.numerics.spec import Granularity, QParams, QuantSpec
 
+WEIGHT_OBSERVERS = ("minmax", "mse")
+
 _COARSE = torch.logspace(0, -7, 43, base=2.0)  # 1 .. 1/128 in steps of 11 %
 _FINE = torch.linspace(1.10, 0.90, 21)
 
@@ -26,10 +28,10 @@ def weight_qparams(weight: Tensor, spec: QuantSpec, observer: str = "mse") -> QP
     """
     blocks = spec.granularity.blocks(weight.detach().float())
     shape = spec.granularity.scale_shape(weight.shape)
+    if observer not in WEIGHT_OBSERVERS:
+        raise SpecError(f"unknown weight observer {observer!r}; weights know {' and '.join(WEIGHT_OBSERVERS)}")
     if observer == "minmax":
         return choose_qparams(blocks.amin(-1).view(shape), blocks.amax(-1).view(shape), spec)
-    if observer != "mse":
-        raise SpecError(f"unknown weight observer {observer!r}; weights know minmax and mse")
     found = search_range(blocks.flatten(0, -2), spec)
     zero_point = None if found.zero_point is None else found.zero_point.view(shape)
     return QParams(found.scale.view(shape), zero_point)
@@ -53,7 +55,14 @@ def search_range(values: Tensor, spec: QuantSpec, counts: Tensor | None = None) 
 
 
 def _best(
-    values: Tensor, counts: Tensor | None, spec: QuantSpec, lo: Tensor, hi: Tensor, factors: Tensor, *, both: bool
+    values: Tensor,
+    counts: Tensor | None,
+    spec: QuantSpec,
+    lo: Tensor,
+    hi: Tensor,
+    factors: Tensor,
+    *,
+    both: bool,
 ) -> tuple[Tensor, Tensor]:
     """The range among ``(lo or factor * lo, factor * hi)`` with the least error, per row; the first wins a tie."""
     best_lo, best_hi = lo, hi

@@ -1,6 +1,7 @@
 """A histogram that never loses a count: bins of width 2**k at multiples of 2**k.
 
-When the data outgrows `BINS` bins, k goes up by one and neighbours merge, which is exact. Two histograms of different
+The width depends on the range seen so far, extended to 0, and on nothing else: it is the finest at which that range has
+at most `BINS` bins. When the range grows, k goes up and neighbours merge, which is exact. Two histograms of different
 processes merge exactly too, after the finer one is coarsened. Memory stays below `BINS` counters for any stream, and
 the final state does not depend on the order of the data.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from bitwright.errors import CalibrationError
 
 BINS = 4096
+NOTHING_SEEN = "this observer saw no values; give calibration at least one batch"
 _SMALLEST_EXPONENT = -100
 
 
@@ -35,8 +37,10 @@ class Histogram:
         self.lo, self.hi = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
 
     def update(self, x: Tensor) -> None:
-        """Count all elements of a finite tensor."""
+        """Count all elements of a finite tensor; one without elements changes nothing."""
         x = x.detach().float().cpu().reshape(-1)
+        if not len(x):
+            return
         lo, hi = (bound.view(1) for bound in x.aminmax())
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
         self._fit(self.lo.item(), self.hi.item())
@@ -44,11 +48,12 @@ class Histogram:
         self.counts += torch.bincount(index, minlength=len(self.counts))
 
     def _fit(self, lo: float, hi: float) -> None:
-        """Choose the finest width at which [lo, hi] fits, and make room for it."""
+        """Choose the finest width at which [lo, hi] and 0 fit, and make room for [lo, hi]."""
+        low, high = min(lo, 0.0), max(hi, 0.0)
         exponent = self.exponent
         if not len(self.counts):
-            exponent = max(math.frexp(max(hi - lo, abs(hi), 1e-30) / BINS)[1] - 1, _SMALLEST_EXPONENT)
-        while math.floor(hi / 2.0**exponent) - math.floor(lo / 2.0**exponent) >= BINS:
+            exponent = max(math.frexp(max(high - low, 1e-30) / BINS)[1] - 1, _SMALLEST_EXPONENT)
+        while math.floor(high / 2.0**exponent) - math.floor(low / 2.0**exponent) >= BINS:
             exponent += 1
         self._coarsen(exponent)
         first, last = math.floor(lo / 2.0**exponent), math.floor(hi / 2.0**exponent)
@@ -59,9 +64,8 @@ class Histogram:
 
     def _coarsen(self, exponent: int) -> None:
         """Merge neighbours until bins are ``2**exponent`` wide."""
-        factor = 2 ** (exponent - self.exponent)
-        if len(self.counts) and factor > 1:
-            index = torch.div(torch.arange(len(self.counts)) + self.first, factor, rounding_mode="floor")
+        if len(self.counts) and exponent > self.exponent:
+            index = (torch.arange(len(self.counts)) + self.first) >> min(exponent - self.exponent, 62)
             self.first = int(index[0])
             merged = torch.zeros(int(index[-1]) - self.first + 1, dtype=torch.int64)
             self.counts = merged.index_add_(0, index - self.first, self.counts)
@@ -75,6 +79,8 @@ class Histogram:
         all_reduce(exponent, dist.ReduceOp.MAX)
         all_reduce(self.lo, dist.ReduceOp.MIN)
         all_reduce(self.hi, dist.ReduceOp.MAX)
+        if self.lo > self.hi:
+            return
         self._coarsen(max(int(exponent), self.exponent))
         if not len(self.counts):
             self.first = math.floor(self.lo.item() / 2.0**self.exponent)
@@ -84,7 +90,7 @@ class Histogram:
     def points(self) -> tuple[Tensor, Tensor]:
         """Bin centres and counts, float32, of the bins that are not empty; the outer centres are the true extremes."""
         if not len(self.counts):
-            raise CalibrationError("this observer saw no values; give calibration at least one batch")
+            raise CalibrationError(NOTHING_SEEN)
         filled = torch.nonzero(self.counts).flatten()
         centres = ((filled + self.first).double() + 0.5) * 2.0**self.exponent
         centres = centres.float().clamp(self.lo, self.hi)

@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitwright.errors import SpecError
+from bitwright.errors import CalibrationError, SpecError
 from bitwright.numerics.affine import choose_qparams
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.observe.fit import search_range
-from bitwright.observe.histogram import Histogram, all_reduce
+from bitwright.observe.histogram import NOTHING_SEEN, Histogram, all_reduce
 
 
 class Observer(Protocol):
     """Turns tensors into a range; one range for the whole tensor."""
 
     def update(self, x: Tensor) -> None:
-        """Take in one finite tensor of any shape."""
+        """Take in one finite tensor of any shape; one without elements changes nothing."""
         ...
 
     def reduce(self) -> None:
@@ -33,7 +33,7 @@ class Observer(Protocol):
         ...
 
     def qparams(self, spec: QuantSpec) -> QParams:
-        """Scale and zero point, shape ``[1]``, for the range seen so far."""
+        """Scale and zero point, shape ``[1]``, for the range seen so far; `CalibrationError` when nothing was seen."""
         ...
 
 
@@ -75,14 +75,20 @@ class MinMax:
         self.lo, self.hi = torch.tensor([torch.inf]), torch.tensor([-torch.inf])
 
     def update(self, x: Tensor) -> None:  # noqa: D102
-        lo, hi = x.aminmax()
-        self.lo, self.hi = torch.minimum(self.lo, lo.float().cpu()), torch.maximum(self.hi, hi.float().cpu())
+        if x.numel():
+            lo, hi = x.aminmax()
+            self.lo, self.hi = (
+                torch.minimum(self.lo, lo.float().cpu()),
+                torch.maximum(self.hi, hi.float().cpu()),
+            )
 
     def reduce(self) -> None:  # noqa: D102
         all_reduce(self.lo, dist.ReduceOp.MIN)
         all_reduce(self.hi, dist.ReduceOp.MAX)
 
     def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
+        if self.lo > self.hi:
+            raise CalibrationError(NOTHING_SEEN)
         return choose_qparams(self.lo, self.hi, spec)
 
 
@@ -100,16 +106,21 @@ class Ema:
         self.range: Tensor | None = None
 
     def update(self, x: Tensor) -> None:  # noqa: D102
+        if not x.numel():
+            return
         batch = torch.stack(x.aminmax()).float().cpu()
         self.range = batch if self.range is None else self.decay * self.range + (1 - self.decay) * batch
 
-    def reduce(self) -> None:  # noqa: D102
-        if self.range is not None and dist.is_available() and dist.is_initialized():
-            all_reduce(self.range, dist.ReduceOp.SUM)
-            self.range /= dist.get_world_size()
+    def reduce(self) -> None:
+        """The mean over the ranks that saw data."""
+        total = torch.zeros(3) if self.range is None else torch.cat([self.range, torch.ones(1)])
+        all_reduce(total, dist.ReduceOp.SUM)
+        self.range = total[:2] / total[2] if total[2] else None
 
     def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
-        lo, hi = torch.zeros(2) if self.range is None else self.range
+        if self.range is None:
+            raise CalibrationError(NOTHING_SEEN)
+        lo, hi = self.range
         return choose_qparams(lo.view(1), hi.view(1), spec)
 
 

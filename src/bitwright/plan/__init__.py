@@ -1,0 +1,1 @@
+"""Decisions: sites, presets, targets, and the plan file."""

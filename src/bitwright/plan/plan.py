@@ -54,8 +54,9 @@ class Plan:
     ) -> Plan:
         """The plan that preset ``name`` gives for ``model``, found by running it once on ``example``.
 
-        ``example`` is one batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. ``sites`` are
-        rules applied on top, as in `with_sites`. Raises `PlanError` or `ModelError` when the result could not run.
+        ``example`` is one batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. ``sites``
+        are rules applied on top, as in `with_sites`. Raises `PlanError` or `ModelError` when the result could not
+        run.
 
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -67,7 +68,12 @@ class Plan:
         check_preparable(model)
         found = propose(name, model, example, get_target(target), sites or {})
         plan = cls(
-            target, found.sites, {**DEFAULT_OBSERVERS, **(observers or {})}, found.folds, found.shared, found.why
+            target,
+            found.sites,
+            {**DEFAULT_OBSERVERS, **(observers or {})},
+            found.folds,
+            found.shared,
+            found.why,
         ).with_sites(sites or {})
         validate(plan, model)
         return plan
@@ -88,7 +94,10 @@ class Plan:
 
     def explain(self, site: str | Site) -> str:
         """The decision for one site and its reason; raises `PlanError` with near names for an unknown site."""
-        [site] = matching(str(site), self.sites)
+        found = matching(str(site), self.sites)
+        if len(found) > 1:
+            raise PlanError(f"{str(site)!r} selects {len(found)} sites ({found[0]}, {found[1]}, ...); name one")
+        [site] = found
         spec = self.sites[site]
         lines = [f"{site}: {spelled(spec)}"]
         if site in self.why:
@@ -119,7 +128,11 @@ class Plan:
         }
         lines = [f"version = {VERSION}", f"target = {_quoted(self.target)}"]
         for name, table in tables.items():
-            lines += ["", f"[{name}]", *(f"{_quoted(key)} = {_quoted(value)}" for key, value in table.items())]
+            lines += [
+                "",
+                f"[{name}]",
+                *(f"{_quoted(key)} = {_quoted(value)}" for key, value in table.items()),
+            ]
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -153,12 +166,17 @@ class Plan:
             {Site.parse(site): why for site, why in _table(data, "why").items()},
         )
         for key, value in _table(data, "sites").items():
+            spec = read_spec(value)
             if any(mark in key for mark in "*?["):
-                plan = plan.with_sites({key: value})
+                for site in matching(key, plan.sites):
+                    plan.sites[site], plan.why[site] = spec, f"rule {key!r}"
             else:
-                plan.sites[Site.parse(key)] = read_spec(value)
-        if missing := [site for pair in plan.shared.items() for site in pair if site not in plan.sites]:
-            raise PlanError(f"[shared] names {missing[0]}, which is not in [sites]")
+                plan.sites[Site.parse(key)] = spec
+        named = [("shared", site) for pair in plan.shared.items() for site in pair]
+        named += [("folds", Site(conv, "weight")) for conv in plan.folds]
+        for table, site in named:
+            if site not in plan.sites:
+                raise PlanError(f"[{table}] names {site}, which is not in [sites]")
         return plan.with_sites({})
 
 
@@ -172,9 +190,9 @@ def read_spec(value: str | QuantSpec | None) -> QuantSpec | None:
 def _table(data: dict[str, Any], name: str) -> dict[str, str]:
     table = data.get(name, {})
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise PlanError(f"[{name}] must hold lines of the form \"key\" = \"text\"")
+        raise PlanError(f'[{name}] must hold lines of the form "key" = "text"')
     return table
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML refuses a raw DEL, JSON does not

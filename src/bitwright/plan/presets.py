@@ -5,6 +5,7 @@ A preset is five lines of data. What it leaves in float, and why, is written int
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from torch import nn
 
 from bitwright.errors import ModelError, NumericsError, PlanError
 from bitwright.graph import patterns
-from bitwright.graph.dataflow import ADDS, Dataflow, record
+from bitwright.graph.dataflow import ADDS, Dataflow, Node, record
 from bitwright.graph.rewrite import why_not_nameable
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.site import SLOTS, Site, operator_of, unknown_subclass
@@ -91,7 +92,7 @@ def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Ma
 
 
 def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:
-    """``{path: reason}`` for layers whose quantization would be wrong or bypassed, classifiers, and their tied twins."""
+    """``{path: reason}`` for layers whose quantization would be bypassed, classifiers, and their tied twins."""
     kept = dict.fromkeys(patterns.classifiers(flow, model), "the classifier stays in float by default")
     for parameter, function in patterns.bypassed_parameters(flow).items():
         path, _, leaf = parameter.rpartition(".")
@@ -110,7 +111,12 @@ def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:
 
 
 def _keep_unknown(
-    out: Proposal, path: str, module: nn.Module, known: type, kept: dict[str, str], rules: Mapping[str, object]
+    out: Proposal,
+    path: str,
+    module: nn.Module,
+    known: type,
+    kept: dict[str, str],
+    rules: Mapping[str, object],
 ) -> None:
     asked_float = any(fnmatchcase(f"{path}.weight", rule) and spec in (None, "float") for rule, spec in rules.items())
     if path not in kept and not asked_float:
@@ -131,7 +137,10 @@ def _decide(
     if op in ("linear", "conv"):
         weight, input = preset.linear if op == "linear" else preset.conv
         if first and preset.first is not None:
-            (weight, input), why = preset.first, f"preset {name}: a layer that sees the raw input keeps 8 bits"
+            (weight, input), why = (
+                preset.first,
+                f"preset {name}: a layer that sees the raw input keeps 8 bits",
+            )
     if kept:
         weight, input, why = None, None, kept
     for slot in SLOTS[op]:
@@ -166,9 +175,13 @@ def _add_residuals(out: Proposal, flow: Dataflow, model: nn.Module, preset: Pres
                 spec, why = None, f"target {target.name} does not quantize adds"
             elif reason := why_not_nameable(owner, count):
                 spec, why = None, f"residual add that cannot be named: {reason}; write it as bitwright.Add"
-        path = f"{node.owner}.add_{node.ordinal}".removeprefix(".")
+        path = _add_path(node)
         for slot in SLOTS["add"]:
             out.sites[Site(path, slot)], out.why[Site(path, slot)] = spec, why
+
+
+def _add_path(node: Node) -> str:
+    return f"{node.owner}.add_{node.ordinal}".removeprefix(".")
 
 
 def _quantized(out: Proposal, path: str) -> bool:
@@ -176,21 +189,23 @@ def _quantized(out: Proposal, path: str) -> bool:
 
 
 def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
-    """Consumers of one tensor with one spec share one quantizer; so do tied weights."""
+    """Consumers of one tensor with one spec share one quantizer; so do tied weights, unless batch norms change them."""
     consumers: dict[int, list[Site]] = {}
-    for node in flow.nodes:
-        path = node.name if node.kind == "module" else f"{node.owner}.add_{node.ordinal}".removeprefix(".")
-        if node.kind == "module" and len(flow.calls(path)) > 1:
-            continue
+    paths = [node.name if node.kind == "module" else _add_path(node) for node in flow.nodes]
+    times = Counter(paths)
+    for node, path in zip(flow.nodes, paths, strict=True):
         slots = ("input",) if Site(path, "input") in out.sites else SLOTS["add"]
+        if times[path] > 1 or len(node.inputs) < len(slots):  # an operand that no call produced has no number here
+            continue
         for slot, source in zip(slots, node.inputs, strict=False):
             site = Site(path, slot)
             if (spec := out.sites.get(site)) is not None and not spec.dynamic:
                 consumers.setdefault(source, []).append(site)
-    weights: dict[int, list[Site]] = {}
+    weights: dict[tuple[int, str | None], list[Site]] = {}
     for site, spec in out.sites.items():
         if site.is_weight and spec is not None:
-            weights.setdefault(id(model.get_submodule(site.path).weight), []).append(site)
+            key = (id(model.get_submodule(site.path).weight), out.folds.get(site.path))
+            weights.setdefault(key, []).append(site)
     for group in (*consumers.values(), *weights.values()):
         for site in group[1:]:
             leader = next(other for other in group if out.sites[other] == out.sites[site])

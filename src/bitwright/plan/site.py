@@ -91,7 +91,7 @@ def matching(pattern: str, sites: Iterable[Site]) -> list[Site]:
     [Site(path='fc', slot='weight'), Site(path='fc', slot='input')]
     """
     sites = list(sites)
-    found = [site for site in sites if fnmatchcase(str(site), pattern)]
+    found = [site for site in sites if str(site) == pattern or fnmatchcase(str(site), pattern)]
     if not found:
         near = difflib.get_close_matches(pattern, [str(site) for site in sites], n=3, cutoff=0.3)
         hint = f"near names: {', '.join(near)}" if near else "the model has no such sites"
@@ -100,7 +100,7 @@ def matching(pattern: str, sites: Iterable[Site]) -> list[Site]:
 
 
 def check_preparable(model: nn.Module) -> None:
-    """Raise `ModelError` for models whose parameters cannot be quantized: lazy, on meta, or not float32."""
+    """Raise `ModelError` for models whose parameters cannot be quantized: lazy, on meta, not float32, made by a hook."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} is a lazy parameter without a shape; run one batch through the model first")
@@ -108,3 +108,10 @@ def check_preparable(model: nn.Module) -> None:
             raise ModelError(f"{name} is on the meta device and holds no numbers; load its weights first")
         if parameter.is_floating_point() and parameter.dtype.itemsize != 4:
             raise ModelError(f"{name} is {parameter.dtype}; codes are defined on float32: call model.float() first")
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "weight" in SLOTS.get(operator_of(module) or "", ()) and not isinstance(weight, nn.Parameter):
+            raise ModelError(
+                f"{path}.weight is computed by a hook (weight_norm, spectral_norm or pruning) and is not a parameter; "
+                "make it permanent first, e.g. with torch.nn.utils.prune.remove or remove_weight_norm"
+            )

@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from bitwright.errors import PlanError
 from bitwright.numerics.spec import QuantSpec
@@ -76,5 +77,5 @@ def get_target(name: str) -> Target:
     return Target(data["name"], data["description"], rows, data["quantizes_adds"])
 
 
-def _folder() -> resources.abc.Traversable:
+def _folder() -> Traversable:
     return resources.files("bitwright.plan") / "targets"

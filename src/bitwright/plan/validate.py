@@ -5,13 +5,16 @@ Every message names the site, what was asked, what was found and what to do.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bitwright.errors import ModelError, NumericsError, PlanError
+from bitwright.errors import ModelError, NumericsError, PlanError, SpecError
 from bitwright.graph.rewrite import Add
 from bitwright.numerics.spec import QuantSpec
+from bitwright.observe.fit import WEIGHT_OBSERVERS
+from bitwright.observe.observer import make_observer
 from bitwright.plan.site import SLOTS, Site, matching, operator_of, unknown_subclass
 from bitwright.plan.target import get_target, spelled
 
@@ -27,6 +30,7 @@ def validate(plan: Plan, model: nn.Module) -> None:
             f"nothing to quantize: {type(model).__name__} has no Linear, Conv1d, Conv2d, Embedding or "
             f"bitwright.Add module; it is made of {', '.join(kinds)}"
         )
+    _check_observers(plan)
     for path in dict.fromkeys(site.path for site in plan.sites):
         _check_layer(plan, model, path)
     for conv, norm in plan.folds.items():
@@ -40,10 +44,23 @@ def validate(plan: Plan, model: nn.Module) -> None:
         )
 
 
+def _check_observers(plan: Plan) -> None:
+    if set(plan.observers) != {"weight", "input"}:
+        raise PlanError(f"observers are chosen for weight and input, found {', '.join(plan.observers) or 'none'}")
+    if plan.observers["weight"] not in WEIGHT_OBSERVERS:
+        raise PlanError(
+            f"unknown weight observer {plan.observers['weight']!r}; weights know {' and '.join(WEIGHT_OBSERVERS)}"
+        )
+    try:
+        make_observer(plan.observers["input"])
+    except SpecError as cause:
+        raise PlanError(f"observer of inputs: {cause}") from cause
+
+
 def _check_layer(plan: Plan, model: nn.Module, path: str) -> None:
     slots = [site.slot for site in plan.sites if site.path == path]
     weight, input = plan.sites.get(Site(path, "weight")), plan.sites.get(Site(path, "input"))
-    if path.rpartition(".")[2].startswith("add_") and "input.0" in slots:
+    if re.fullmatch(r"add_\d+", path.rpartition(".")[2]) and "input.0" in slots:
         _submodule(model, path.rpartition(".")[0], f"{path}.input.0")
         op, module = "add", None
     else:

@@ -1,0 +1,1 @@
+"""Quantization-aware training: the three-phase schedule and a plain loop."""

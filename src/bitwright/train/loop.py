@@ -41,11 +41,12 @@ def train(
 ) -> History:
     """Quantization-aware training of a prepared and calibrated model, in place.
 
-    ``loss(model, batch)`` returns a scalar; ``batches`` (a list or DataLoader, iterated again when exhausted) yields what
-    it takes. ``score(model)``, larger is better, is asked at the start, every ``score_every`` steps (default: a tenth of
-    the schedule) and at the end; the model ends with the best state seen, so never below its calibrated start. Score on
-    data that is kept apart from the final test. ``on_step(step, loss)`` is for progress. An interrupt leaves the best
-    state so far in the model. Raises `TrainingError` for a loss that is not finite and for batches that run out.
+    ``loss(model, batch)`` returns a scalar; ``batches`` (a list or DataLoader, iterated again when exhausted) yields
+    what it takes. ``score(model)``, larger is better, is asked at the start, every ``score_every`` steps (default: a
+    tenth of the schedule) and at the end; the model ends with the best state seen, so never below its calibrated
+    start. Score on data that is kept apart from the final test. ``on_step(step, loss)`` is for progress. An
+    interrupt leaves the best state so far in the model. Raises `TrainingError` for a loss that is not finite and for
+    batches that run out.
     """
     history = History()
     optimizer = schedule.optimizer(model) if optimizer is None else optimizer

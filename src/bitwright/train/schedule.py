@@ -39,10 +39,10 @@ class Phase(enum.Enum):
 class Schedule:
     """Phases and learning rate over ``steps`` optimizer steps.
 
-    ``lr`` is the initial rate of the *original* training (QAT uses 1 % to 0.01 % of it). ``shares`` are the lengths of the
-    three phases. ``ramp`` is the share of steps over which the rate rises linearly at the start. In the last phase the
-    layers that make up the first ``keep`` of the summed sensitivity go on training; ``sensitivity`` maps module paths to
-    scores, by default the relative squared error of each quantized weight.
+    ``lr`` is the initial rate of the *original* training (QAT uses 1 % to 0.01 % of it). ``shares`` are the lengths
+    of the three phases. ``ramp`` is the share of steps over which the rate rises linearly at the start. In the last
+    phase the layers that make up the first ``keep`` of the summed sensitivity go on training; ``sensitivity`` maps
+    module paths to scores, by default the relative squared error of each quantized weight.
 
     >>> schedule = Schedule(steps=100, lr=0.1)
     >>> [schedule.phase(step).value for step in (0, 30, 99)]
@@ -62,7 +62,9 @@ class Schedule:
         if min(self.shares) < 0 or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
             raise TrainingError(f"the shares of the three phases must add up to 1, got {self.shares}")
         if not self.lr > 0 or not 0 < self.keep <= 1 or not 0 <= self.ramp < 1:
-            raise TrainingError(f"expected lr > 0, 0 < keep <= 1, 0 <= ramp < 1; got {self.lr}, {self.keep}, {self.ramp}")
+            raise TrainingError(
+                f"expected lr > 0, 0 < keep <= 1, 0 <= ramp < 1; got {self.lr}, {self.keep}, {self.ramp}"
+            )
 
     def phase(self, step: int) -> Phase:
         """The phase of a step (0-based); steps past the end stay in the last phase."""

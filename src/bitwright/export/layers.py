@@ -1,0 +1,190 @@
+"""Low-bit layers as ONNX nodes: second half of an export, which fills the holes that `graph.trace` left.
+
+Each layer becomes the operator of its float original between ``QuantizeLinear`` / ``DequantizeLinear`` pairs, in the
+order of operations that the kernels have. Static integer inputs give the QDQ pattern that runtimes fuse; dynamic ones are
+spelled out in plain operators, because ``DynamicQuantizeLinear`` rounds and extends ranges by other rules than ours.
+The value that carries a layer's output is called ``<path>.output``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import ExportError
+from bitwright.export.graph import DOMAIN, Lowbit
+from bitwright.export.writer import Writer, storage
+from bitwright.kernels.table import Activation
+from bitwright.lowbit.conv import LowbitConv
+from bitwright.lowbit.elementwise import LowbitAdd
+from bitwright.lowbit.embedding import LowbitEmbedding
+from bitwright.lowbit.layer import LowbitLayer
+from bitwright.numerics.affine import EPS
+from bitwright.numerics.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
+
+def fill(graph: GraphProto, layers: dict[str, Lowbit]) -> None:
+    """Replace every hole in ``graph``, in place, by the nodes and initializers of its layer.
+
+    Raises `ExportError` that names the layer for a spec without an ONNX form.
+    """
+    writer, renamed = Writer(), {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        if node.domain != DOMAIN:
+            writer.nodes.append(node)
+            continue
+        path, rank = _attributes(node)
+        writer.begin(path)
+        renamed[node.output[0]] = _write(writer, path, layers[path], list(node.input), rank)
+    for output in graph.output:
+        output.name = renamed.get(output.name, output.name)
+    del graph.node[:]
+    graph.node.extend(writer.nodes)
+    graph.initializer.extend(writer.initializers.values())
+
+
+def _attributes(node: NodeProto) -> tuple[str, int]:
+    values = {attribute.name: attribute for attribute in node.attribute}
+    return values["path"].s.decode(), values["rank"].i
+
+
+def _write(g: Writer, path: str, layer: Lowbit, inputs: list[str], rank: int) -> str:
+    if isinstance(layer, LowbitAdd):
+        pairs = zip(inputs, layer.inputs, strict=True)
+        sides = [g.encoded(x, f"input_{number}", side) for number, (x, side) in enumerate(pairs)]
+        return g.add("Add", sides, "output")
+    if isinstance(layer, LowbitEmbedding):
+        return _embedding(g, layer, inputs[0], rank)
+    input = layer.input
+    if input is None:
+        return _float_product(g, layer, inputs[0], exact=False)
+    if not input.spec.format.is_integer:
+        raise ExportError(f"{path}.input: {input.spec} has no ONNX form; use uint8/asym or set the site to 'float'")
+    if not input.spec.dynamic:
+        return _float_product(g, layer, g.encoded(inputs[0], "input", input), exact=_integer(layer.weight_spec))
+    if _integer(layer.weight_spec) and (input.spec.symmetric or input.spec.granularity.kind == "tensor"):
+        return _live_product(g, layer, inputs[0], input)
+    codes, scale, zero = _live_codes(g, inputs[0], input.spec)
+    centred = codes if zero is None else g.add("Sub", [codes, zero], "input_centred")
+    return _float_product(g, layer, g.add("Mul", [centred, scale], "input_values"), exact=False)
+
+
+def _integer(weight: QuantSpec) -> bool:
+    """Whether codes of this weight can be multiplied as integers (the scale leaves the sum)."""
+    return weight.format.is_integer and weight.symmetric and weight.granularity.kind in ("tensor", "channel")
+
+
+def _float_product(g: Writer, layer: LowbitLayer, x: str, *, exact: bool) -> str:
+    """Conv or MatMul of decoded operands, plus bias; ``exact`` says that both are integer codes times a scale."""
+    weight = g.weight_values(layer, widened=exact)
+    if isinstance(layer, LowbitConv):
+        bias = [] if layer.bias is None else [g.constant("bias", layer.bias, "FLOAT")]
+        return g.add("Conv", [x, weight, *bias], "output", **_geometry(layer))
+    if layer.bias is None:
+        return g.add("MatMul", [x, weight], "output")
+    product = g.add("MatMul", [x, weight], "product")
+    # ONNX Runtime rewrites MatMul + Add as a float Gemm before it looks for integer pairs; it leaves Sum alone.
+    return g.add("Sum" if exact else "Add", [product, g.constant("bias", layer.bias, "FLOAT")], "output")
+
+
+def _geometry(layer: LowbitConv) -> dict[str, object]:
+    g, count = layer.geometry, layer.spatial
+    padding = list(g.padding[-count:])
+    return {
+        "kernel_shape": list(g.kernel_size[-count:]),
+        "strides": list(g.stride[-count:]),
+        "pads": padding + padding,
+        "dilations": list(g.dilation[-count:]),
+        "group": g.groups,
+    }
+
+
+def _live_codes(g: Writer, x: str, spec: QuantSpec) -> tuple[str, str, str | None]:
+    """Codes of ``x`` in float, their scale and zero point, from the live range: `live_qparams`, then `encode`."""
+    fmt, nothing = spec.format, g.constant("nothing", 0.0, "FLOAT")
+    smallest, largest = (
+        g.constant("input_qmin", fmt.qmin, "FLOAT"),
+        g.constant("input_qmax", fmt.qmax, "FLOAT"),
+    )
+    per_token = spec.granularity.kind == "token"
+    axes = [g.constant("input_axes", [-1], "INT64")] if per_token else []
+
+    def extreme(op: str, value: str) -> str:
+        return g.add(op, [value, *axes], f"input_{op}", keepdims=int(per_token))
+
+    if spec.symmetric:
+        low, width = None, fmt.qmax
+        span = extreme("ReduceMax", g.add("Abs", [x], "input_abs"))
+    else:
+        low, width = g.add("Min", [extreme("ReduceMin", x), nothing], "input_low"), fmt.qmax - fmt.qmin
+        span = g.add("Sub", [g.add("Max", [extreme("ReduceMax", x), nothing], "input_high"), low], "input_span")
+    step = g.add("Div", [span, g.constant("input_width", width, "FLOAT")], "input_step")
+    scale = g.add("Max", [step, g.constant("smallest_scale", EPS, "FLOAT")], "input_scale")
+    codes, zero = g.add("Round", [g.add("Div", [x, scale], "input_steps")], "input_rounded"), None
+    if low is not None:
+        below = g.add("Round", [g.add("Div", [low, scale], "input_low_steps")], "input_low_rounded")
+        zero = g.add("Clip", [g.add("Sub", [smallest, below], "input_zero"), smallest, largest], "input_zero_point")
+        codes = g.add("Add", [codes, zero], "input_shifted")
+    return g.add("Clip", [codes, smallest, largest], "input_codes"), scale, zero
+
+
+def _live_product(g: Writer, layer: LowbitLayer, x: str, input: Activation) -> str:
+    """ConvInteger or MatMulInteger of live codes: ``acc * (s_x * s_w) + bias``."""
+    codes, scale, zero = _live_codes(g, x, input.spec)
+    qmin, axes = input.spec.format.qmin, (1,) * (layer.spatial if isinstance(layer, LowbitConv) else 0)
+
+    def unsigned(value: str, name: str) -> str:
+        moved = g.add("Sub", [value, g.constant("input_qmin", qmin, "FLOAT")], f"{name}_moved") if qmin else value
+        return g.cast(moved, "UINT8", f"{name}_uint8")
+
+    zero = g.constant("input_zero", -qmin, "UINT8") if zero is None else unsigned(zero, "input_zero_point")
+    operands = [unsigned(codes, "input_codes"), g.weight_codes(layer, widened=True), zero]
+    if isinstance(layer, LowbitConv):
+        total = g.add("ConvInteger", operands, "total", **_geometry(layer))
+    else:
+        total = g.add("MatMulInteger", operands, "total")
+    weight_scale = g.constant("weight_scale", layer.weight_scale.reshape(-1, *axes), "FLOAT")
+    factor = g.add("Mul", [scale, weight_scale], "factor")
+    factors = [g.cast(total, "FLOAT", "total_float"), factor]
+    if layer.bias is None:
+        return g.add("Mul", factors, "output")
+    bias = g.constant("bias", layer.bias.reshape(-1, *axes), "FLOAT")
+    return g.add("Add", [g.add("Mul", factors, "product"), bias], "output")
+
+
+def _embedding(g: Writer, layer: LowbitEmbedding, ids: str, rank: int) -> str:
+    """Gather the codes and the scales of the rows, then decode: DequantizeLinear would decode the whole table each time."""
+    spec, codes = layer.weight_spec, layer.weight.codes
+    fmt, grouped = spec.format, spec.granularity.kind == "group"
+
+    def rows(name: str, values: Tensor) -> str:
+        if spec.granularity.kind == "tensor":
+            return g.constant(name, values.reshape(()), "FLOAT")
+        table = g.constant(name, values.unsqueeze(-1) if grouped else values, "FLOAT")
+        return g.add("Gather", [table, ids], f"{name}_rows")
+
+    table = g.constant("weight", spec.granularity.blocks(codes) if grouped else codes, storage(fmt))
+    if storage(fmt).endswith("INT4"):  # Gather knows no 4-bit types; runtimes fold this cast when they load the file
+        table = g.cast(table, storage(fmt).replace("4", "8"), "weight_codes")
+    values = g.add("Gather", [table, ids], "rows")
+    if fmt.codebook:
+        steps = g.constant("codebook", torch.tensor(fmt.codebook), "FLOAT")
+        values = g.add("Gather", [steps, g.cast(values, "INT32", "row_index")], "row_steps")
+    else:
+        values = g.cast(values, "FLOAT", "output" if fmt.dtype is not None else "row_codes")
+    if fmt.dtype is not None:
+        return values
+    if layer.weight_zero_point is not None:
+        values = g.add("Sub", [values, rows("weight_zero_point", layer.weight_zero_point)], "rows_centred")
+    values = g.add("Mul", [values, rows("weight_scale", layer.weight_scale)], "row_blocks" if grouped else "output")
+    if not grouped:
+        return values
+    shape = g.constant("row_shape", [0] * rank + [layer.shape[1]], "INT64")  # 0 copies a dimension of the ids
+    return g.add("Reshape", [values, shape], "output")

@@ -1,0 +1,79 @@
+"""`coverage`: what became of every tensor of a model, and what it weighs. Nothing is left unsaid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from bitwright.flow.prepare import plan_of
+from bitwright.lowbit.elementwise import LowbitAdd
+from bitwright.lowbit.layer import LowbitLayer
+from bitwright.plan.site import Site
+from bitwright.plan.target import spelled
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """One stored tensor or low-bit layer: its format, bytes (codes, scales, zero points), and the reason."""
+
+    path: str
+    format: str
+    input: str
+    bytes: int
+    elements: int
+    why: str
+
+
+def coverage(model: nn.Module) -> list[Covered]:
+    """One row per low-bit layer, its bias apart, and per other tensor of a converted model; bytes add up to the file's.
+
+    Tied tensors are counted once. Raises `ModelError` for a model that was not prepared.
+    """
+    plan = plan_of(model)
+    rows, seen = [], set()
+
+    def once(*tensors: object) -> int:
+        total = 0
+        for tensor in tensors:
+            if tensor is not None and tensor.data_ptr() not in seen:  # type: ignore[attr-defined]
+                seen.add(tensor.data_ptr())  # type: ignore[attr-defined]
+                total += tensor.nbytes  # type: ignore[attr-defined]
+        return total
+
+    for path, module in model.named_modules():
+        if isinstance(module, LowbitLayer):
+            site = Site(path, "weight")
+            stored = once(module.packed, module.weight_scale, module.weight_zero_point)
+            ranges = once(module.input_scale, module.input_zero_point)
+            elements = module.weight.shape[0] * (module.weight.codes[0].numel())
+            rows.append(
+                Covered(
+                    str(site), str(module.weight_spec), spelled(module.input_spec), stored + ranges, elements,
+                    plan.why.get(site, ""),
+                )
+            )  # fmt: skip
+            if module.bias is not None:
+                rows.append(
+                    Covered(
+                        f"{path}.bias",
+                        "float",
+                        "",
+                        once(module.bias),
+                        module.bias.numel(),
+                        "biases stay float",
+                    )
+                )
+        elif isinstance(module, LowbitAdd):
+            stored = once(*(buffer for _, buffer in module.named_buffers()))
+            specs = ", ".join(str(spec) for spec in module.input_specs)
+            rows.append(Covered(path, "", specs, stored, 0, plan.why.get(Site(path, "input.0"), "")))
+        else:
+            for name, tensor in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ):
+                full = f"{path}.{name}" if path else name
+                why = plan.why.get(Site(path, "weight"), f"{type(module).__name__} has no quantized form")
+                rows.append(Covered(full, "float", "", once(tensor), tensor.numel(), why))
+    return rows

@@ -1,0 +1,31 @@
+"""Fixtures of all tests: two torch threads, one seed, and the development data where it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Time limits per example only measure how busy the machine is.
+settings.register_profile("bitwright", deadline=None)
+settings.load_profile("bitwright")
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Iterator[Path]:
+    folder = _ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the development data in {folder}, which is absent")
+    yield folder
