@@ -102,8 +102,8 @@ void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, flo
     const Conv& a = p.a;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const uint8_t* x = b.images + row / p.ho * p.image.image_bytes + row % p.ho * a.stride_h * p.image.row_bytes;
-        kernels.depthwise({x, a.stride_w * p.image.pixel_bytes, p.wo, b.offsets, a.kh * a.kw,
-                           reinterpret_cast<const int8_t*>(a.weight), round_up(a.c, kLanes), a.c, a.w_scale, a.w_sum, a.bias,
+        kernels.depthwise({x, a.stride_w * p.image.pixel_bytes, p.wo, a.kh, a.kw, a.dil_h * p.image.row_bytes,
+                           a.dil_w * p.image.pixel_bytes, reinterpret_cast<const int8_t*>(a.weight), round_up(a.c, kLanes), a.c, a.w_scale, a.w_sum, a.bias,
                            *b.terms, y + row * p.wo * a.o});
     }
 }

@@ -75,14 +75,14 @@ struct Planes {
     uint8_t* destination;
 };
 
-// One row of output pixels of a depthwise convolution. Taps are byte offsets from the pixel; weights are [taps][w_stride] with
-// w_stride = channels rounded up to 16. Activations must be readable for 16 bytes from any channel.
+// One row of output pixels of a depthwise convolution. Weights are [kh * kw][w_stride] with w_stride =
+// channels rounded up to 16; activations must be readable for 16 bytes from any channel.
 struct Depthwise {
     const uint8_t* x;
     int64_t x_stride;
     int64_t pixels;
-    const int64_t* tap_offsets;
-    int64_t taps;
+    int64_t kh, kw;
+    int64_t row_step, column_step;  // bytes between the taps of a window
     const int8_t* w;
     int64_t w_stride;
     int64_t channels;

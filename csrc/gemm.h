@@ -157,23 +157,25 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end) {
     }
 }
 
-// Depthwise: 16 channels are the lanes. Several pixels share each load of the weights.
+// Depthwise: 16 channels are the lanes. Several pixels share each load of the weights. Not inlined: GCC would hoist the zeros
+// out of the caller's loop and then copy every accumulator in every round.
 template <class S, int PIXELS>
-void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns,
-                                const RowVectors<S>& vectors) {
+BW_NOINLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns,
+                                  const RowVectors<S>& vectors) {
     typename S::I acc[PIXELS];
     BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
-    const uint8_t* x = d.x + pixel * d.x_stride + channel;
-    const int8_t* w = d.w + channel;
     const int64_t stride = d.x_stride;
-    const int64_t w_stride = d.w_stride;
-    const int64_t* offset = d.tap_offsets;
-    for (int64_t left = d.taps; left > 0; --left) {
-        const typename S::I weight = S::load_s8(w);
-        const uint8_t* at = x + *offset;
-        BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::mul_add(acc[p], S::load_u8(at + p * stride), weight);
-        w += w_stride;
-        ++offset;
+    const int8_t* w = d.w + channel;
+    for (int64_t i = 0; i < d.kh; ++i) {
+        const uint8_t* x = d.x + pixel * stride + channel + i * d.row_step;
+        for (int64_t left = d.kw; left > 0; --left) {
+            const typename S::I weight = S::load_s8(w);
+            BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
+                acc[p] = S::mul_add(acc[p], S::load_u8(x + p * stride), weight);
+            }
+            x += d.column_step;
+            w += d.w_stride;
+        }
     }
     BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
         columns.finish(acc[p], vectors, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);

@@ -16,7 +16,7 @@ struct Avx512 {
     static constexpr int kTileBlocks = 2;
     static constexpr int kNarrowRows = 3;
     static constexpr int kNarrowBlocks = 4;
-    static constexpr int kPixels = 7;
+    static constexpr int kPixels = 8;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
     static BW_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -8,10 +8,13 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define BW_INLINE inline __attribute__((always_inline))
+#define BW_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
 #define BW_INLINE __forceinline
+#define BW_NOINLINE __declspec(noinline)
 #else
 #define BW_INLINE inline
+#define BW_NOINLINE
 #endif
 
 #if defined(__clang__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Iterator[Path]:
+def shared_data() -> Path:
     folder = _ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"needs the development data in {folder}, which is absent")
-    yield folder
+    return folder

@@ -21,9 +21,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.down: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.down = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -60,9 +58,7 @@ class ResidualCnn(nn.Module):
         self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layers = nn.Sequential(
-            Block(width, width), Block(width, 2 * width, 2), SharedReluBlock(2 * width)
-        )
+        self.layers = nn.Sequential(Block(width, width), Block(width, 2 * width, 2), SharedReluBlock(2 * width))
         self.fc = nn.Linear(2 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,18 +108,13 @@ class EmbeddingNet(nn.Module):
         return self.fc(F.gelu(self.hidden(x)).mean(1))
 
 
-class Rotary(nn.Module):
+def rotary(x: Tensor) -> Tensor:
     """Rotary position embedding: adds two products of one tensor."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rates", 1.0 / 100 ** (torch.arange(0, width, 2) / width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        angles = torch.arange(x.shape[-2], device=x.device)[:, None] * self.rates
-        angles = torch.cat([angles, angles], -1)
-        left, right = x.chunk(2, -1)
-        return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
+    width = x.shape[-1]
+    rates = 1.0 / 100 ** (torch.arange(0, width, 2, device=x.device) / width)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * torch.cat([rates, rates])
+    left, right = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
 
 
 class Encoder(nn.Module):
@@ -136,7 +127,6 @@ class Encoder(nn.Module):
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.rotary = Rotary(width // heads)
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +136,7 @@ class Encoder(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        q, k = self.rotary(q), self.rotary(k)
+        q, k = rotary(q), rotary(k)
         shares = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
         return (shares @ v).transpose(1, 2).flatten(2)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -270,7 +269,7 @@ def _shipped(folder: Path, model: str) -> nn.Module:
     return shipped
 
 
-def _batches(name: str) -> Iterable[Any]:
+def _batches(name: str) -> Any:
     made: Any = load_object(name)
     return made() if callable(made) else made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from bitwright.auto import quantize_model
 from bitwright.bench.html import to_html
-from bitwright.bench.measure import Measurement, measure
+from bitwright.bench.measure import Measurement, measure, model_bytes
 from bitwright.bench.report import Report, Row, bits_per_layer, to_markdown, to_table, write_text
 from bitwright.errors import MissingExtraError
 from bitwright.export.onnx import export
@@ -85,7 +86,7 @@ def load_digits(seed: int = 0) -> Digits:
         from sklearn import datasets
     except ImportError as cause:
         raise MissingExtraError("scikit-learn", "demo", "the demo's data set") from cause
-    data = datasets.load_digits()
+    data: Any = datasets.load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
     x = (torch.from_numpy(data.images).float() / 16).unsqueeze(1)[order]
     y = torch.from_numpy(data.target).long()[order]
@@ -172,8 +173,9 @@ def _quantize(model: nn.Module, data: Digits, progress: Progress) -> list[_Versi
     )
     versions.append(_Version("w4a4 QAT", trained, convert(trained)))
     task = progress.add_task("mixed w4a4 / w8a8", total=1)
+    halfway = sum(model_bytes(version.shipped) for version in versions[:2]) // 2
     mixed = quantize_model(
-        model, x[:512].split(128), lambda m: evaluate(m, data.validation), max_drop=0.0, preset="w4a4"
+        model, x[:512].split(128), lambda m: evaluate(m, data.validation), max_bytes=halfway, preset="w4a4"
     )
     simulated = prepare(model, mixed.plan)
     calibrate(simulated, x[:512].split(128))
@@ -205,7 +207,7 @@ def _judge(model: nn.Module, versions: list[_Version], data: Digits, folder: Pat
                 timings[version.name].bytes,
                 timings[version.name].speed,
                 _bit_for_bit(version, x),
-                f"{100 * parity(version.shipped, onnx_path, x).argmax_agreement:.1f} % same answers",
+                f"{100 * parity(version.shipped, onnx_path, x).argmax_agreement:.1f} % same",
             )
         )
         progress.advance(task)

@@ -68,7 +68,10 @@ def test_the_parts_of_a_spec_arrive_where_they_belong():
     [
         ("int9", "unknown number format 'int9'"),
         ("", "unknown number format ''"),
-        ("int8/per_channel", "cannot read 'per_channel' in quantization spec 'int8/per_channel'; expected channel, token"),
+        (
+            "int8/per_channel",
+            "cannot read 'per_channel' in quantization spec 'int8/per_channel'; expected channel, token",
+        ),
         ("int8/group", "cannot read 'group' in quantization spec 'int8/group'"),
         ("int8/group-4", "cannot read 'group-4'"),
         ("int8/", "cannot read '' in quantization spec 'int8/'"),
@@ -118,7 +121,9 @@ def test_shapes_of_scales_and_blocks(kind, shape, scale_shape, block_shape):
 
 
 def test_a_group_that_does_not_divide_the_row_is_refused_with_sizes_that_do():
-    with pytest.raises(NumericsError, match=r"group32 needs a last axis divisible by 32, found shape \[8, 40\]") as error:
+    with pytest.raises(
+        NumericsError, match=r"group32 needs a last axis divisible by 32, found shape \[8, 40\]"
+    ) as error:
         Granularity("group", 32).scale_shape([8, 40])
     assert "use channel or one of [40, 20, 8]" in str(error.value)
     with pytest.raises(NumericsError, match="divisible by 32"):

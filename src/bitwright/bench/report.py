@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -59,7 +60,8 @@ class Report:
         return to_markdown(self)
 
 
-COLUMNS = ("model", "score", "drop (paired, 95 %)", "bytes", "speed", "shipped = trained", "ONNX Runtime")
+COLUMNS = ("model", "score", "drop [95 %]", "bytes", "speed", "shipped = trained", "ONNX Runtime")
+_SPEED = COLUMNS.index("speed")
 
 
 def cells(row: Row, *, percent: bool) -> tuple[str, ...]:
@@ -78,14 +80,14 @@ def cells(row: Row, *, percent: bool) -> tuple[str, ...]:
 
 
 def to_table(report: Report) -> Table:
-    """The report's rows for the terminal; columns that no row fills are left out."""
-    table = Table(title=report.title)
+    """The report's rows for the terminal, speeds without their spread; columns that no row fills are left out."""
+    table = Table(title=report.title, box=box.SIMPLE_HEAD)
     kept = filled(report)
     for index in kept:
         table.add_column(COLUMNS[index], justify="left" if index in (0, 5, 6) else "right")
     for row in report.rows:
         texts = cells(row, percent=report.percent)
-        table.add_row(*(texts[index] for index in kept))
+        table.add_row(*(texts[index].partition(" (")[0] if index == _SPEED else texts[index] for index in kept))
     return table
 
 

@@ -1,7 +1,7 @@
-"""The neutral graph: a converted model as an ONNX graph in which every low-bit layer is one node, still to be written.
+"""The neutral graph: a converted model in ONNX, in which every low-bit layer is one node, still to be written.
 
-First half of an export. The user's own modules go through PyTorch's ONNX exporter; each low-bit layer is a `Hole` there,
-an ONNX node of the private domain ``bitwright`` that carries the layer's path and nothing else. The second half
+First half of an export. The user's own modules go through PyTorch's ONNX exporter; each low-bit layer is a `Hole`
+there, an ONNX node of the private domain ``bitwright`` that carries the layer's path and nothing else. The second half
 (`layers`) replaces the holes by standard nodes and writes the codes straight from the packed buffers, so no code ever
 passes through a float, and no graph pass has to recognise what a layer was.
 """
@@ -9,10 +9,11 @@ passes through a float, and no graph pass has to recognise what a layer was.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bitwright.errors import ExportError
+from bitwright.errors import BitwrightError, ExportError
+from bitwright.graph.dataflow import call, evaluating
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding
@@ -46,20 +48,20 @@ class Hole(nn.Module):
         self.path = path
         self.layer = (layer,)  # in a tuple, so that its buffers stay out of the traced program
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """One ``bitwright::Layer`` node; a convolution's padding that ONNX cannot express is done before it."""
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """One ``bitwright::Layer`` node; a convolution's padding with other values than zeros is done before it."""
         [layer] = self.layer
         if not isinstance(layer, LowbitConv):
-            return self._node(inputs, _shape(layer, inputs[0]))
-        [image] = inputs
-        if layer.prepad is not None:
+            return self._node([input] if other is None else [input, other], _shape(layer, input))
+        image = input
+        if layer.prepad is not None and layer.prepad[1] != "constant":
             image = F.pad(image, layer.prepad[0], mode=layer.prepad[1])
         if image.dim() == layer.spatial + 2:
             return self._node([image], _conv_shape(layer, image))
         image = image.unsqueeze(0)
         return self._node([image], _conv_shape(layer, image)).squeeze(0)
 
-    def _node(self, inputs: Any, shape: list[Any]) -> Tensor:
+    def _node(self, inputs: list[Tensor], shape: list[Any]) -> Tensor:
         attributes = {"path": self.path, "rank": inputs[0].dim()}
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Layer", inputs, attributes, dtype=torch.float32, shape=shape, version=1
@@ -73,16 +75,23 @@ def _shape(layer: Lowbit, x: Tensor) -> list[Any]:
 
 
 def _conv_shape(layer: LowbitConv, image: Tensor) -> list[Any]:
-    g, count = layer.geometry, layer.spatial
+    g, count, pads = layer.geometry, layer.spatial, zero_pads(layer)
+    padding = [before + after for before, after in zip(pads[:count], pads[count:], strict=True)]
     sides = zip(
-        image.shape[2:],
-        *(side[-count:] for side in (g.kernel_size, g.stride, g.padding, g.dilation)),
-        strict=True,
+        image.shape[2:], padding, *(side[-count:] for side in (g.kernel_size, g.stride, g.dilation)), strict=True
     )
-    sizes = [
-        (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, padding, dilation in sides
-    ]
+    sizes = [(size + pad - dilation * (k - 1) - 1) // stride + 1 for size, pad, k, stride, dilation in sides]
     return [image.shape[0], layer.shape[0], *sizes]
+
+
+def zero_pads(layer: LowbitConv) -> list[int]:
+    """Zeros that a convolution pads with: before each spatial axis, then after each."""
+    if layer.prepad is None:
+        return 2 * list(layer.geometry.padding[-layer.spatial :])
+    sizes, mode = layer.prepad
+    if mode != "constant":
+        return 2 * layer.spatial * [0]
+    return [*sizes[-2::-2], *sizes[::-2]]
 
 
 def lowbit_layers(model: nn.Module) -> dict[str, Lowbit]:
@@ -107,9 +116,10 @@ def trace(model: nn.Module, layers: dict[str, Lowbit], example: Any) -> ModelPro
 
     Raises `ExportError` when the model cannot be traced or holds an operator that ONNX does not have.
     """
+    args, kwargs = _arguments(example)
+    _try(model, example)
     holes = {id(layer): Hole(path, layer) for path, layer in layers.items()}
     shell = copy.deepcopy(model, holes).eval().cpu()  # copies the model around the layers, never their codes
-    args, kwargs = _arguments(example)
     dynamic = tree_map(_dynamic, kwargs or args)
     with _quietly(), torch.no_grad():
         program = _explained(
@@ -123,8 +133,18 @@ def trace(model: nn.Module, layers: dict[str, Lowbit], example: Any) -> ModelPro
         return exported.model_proto
 
 
+def _try(model: nn.Module, example: Any) -> None:
+    """Run the model once: holes have no numbers and would take inputs that the layers refuse."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            call(model, example)
+    except (RuntimeError, ValueError, TypeError, IndexError, BitwrightError) as cause:
+        shapes = [list(leaf.shape) for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+        raise ExportError(f"the example with shapes {shapes} does not fit the model: {cause}") from cause
+
+
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments on the CPU; a batch of one is doubled, since a size of 1 is traced as a constant."""
+    """Positional and keyword arguments on the CPU; a batch of one is doubled, since size 1 is traced as a constant."""
     sizes = {len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(sizes) != 1:
         found = f"found sizes {sorted(sizes)}" if sizes else "found no tensor with a dimension"
@@ -147,7 +167,7 @@ def _dynamic(leaf: Any) -> Any:
 
 
 def _explained(what: str, run: Any) -> Any:
-    """The result of ``run``; its failure, whatever the exporter made of it, as an `ExportError` with the first cause."""
+    """The result of ``run``; its failure as an `ExportError` with the cause at the root of the exporter's own."""
     try:
         return run()
     except Exception as failure:
@@ -161,13 +181,13 @@ def _explained(what: str, run: Any) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's warnings and log lines, which are about its own insides; its errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """Without the exporter's prints, warnings and log lines; its errors still come through."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,22 +1,23 @@
 """Low-bit layers as ONNX nodes: second half of an export, which fills the holes that `graph.trace` left.
 
 Each layer becomes the operator of its float original between ``QuantizeLinear`` / ``DequantizeLinear`` pairs, in the
-order of operations that the kernels have. Static integer inputs give the QDQ pattern that runtimes fuse; dynamic ones are
-spelled out in plain operators, because ``DynamicQuantizeLinear`` rounds and extends ranges by other rules than ours.
+order of operations that the kernels have. Static integer inputs give the QDQ pattern that runtimes fuse; dynamic ones
+are spelled out in plain operators, since ``DynamicQuantizeLinear`` chooses ranges and rounds by other rules than ours.
 The value that carries a layer's output is called ``<path>.output``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import ExportError
-from bitwright.export.graph import DOMAIN, Lowbit
+from bitwright.export.graph import DOMAIN, Lowbit, zero_pads
+from bitwright.export.tidy import zeros_around
 from bitwright.export.writer import Writer, storage
-from bitwright.kernels.table import Activation
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding
@@ -33,16 +34,18 @@ def fill(graph: GraphProto, layers: dict[str, Lowbit]) -> None:
 
     Raises `ExportError` that names the layer for a spec without an ONNX form.
     """
-    writer, renamed = Writer(), {}
+    writer, renamed, padded = Writer(), {}, {}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
         if node.domain != DOMAIN:
+            padded[node.output[0]] = zeros_around(node, initializers)
             writer.nodes.append(node)
             continue
-        path, rank = _attributes(node)
-        writer.begin(path)
-        renamed[node.output[0]] = _write(writer, path, layers[path], list(node.input), rank)
+        call = _call(node, layers, padded)
+        writer.begin(call.path)
+        renamed[node.output[0]] = _write(writer, call)
     for output in graph.output:
         output.name = renamed.get(output.name, output.name)
     del graph.node[:]
@@ -50,30 +53,50 @@ def fill(graph: GraphProto, layers: dict[str, Lowbit]) -> None:
     graph.initializer.extend(writer.initializers.values())
 
 
-def _attributes(node: NodeProto) -> tuple[str, int]:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One hole: which layer is called on what, the rank of the first input, and a convolution's zero padding."""
+
+    path: str
+    layer: Lowbit
+    inputs: list[str]
+    rank: int
+    pads: list[int]
+
+
+def _call(node: NodeProto, layers: dict[str, Lowbit], padded: dict[str, tuple[str, list[int]] | None]) -> _Call:
     values = {attribute.name: attribute for attribute in node.attribute}
-    return values["path"].s.decode(), values["rank"].i
+    path, inputs, pads = values["path"].s.decode(), list(node.input), []
+    layer = layers[path]
+    if isinstance(layer, LowbitConv):
+        pads = zero_pads(layer)
+        if found := padded.get(inputs[0]):
+            inputs, pads = [found[0]], [own + more for own, more in zip(pads, found[1], strict=True)]
+    return _Call(path, layer, inputs, values["rank"].i, pads)
 
 
-def _write(g: Writer, path: str, layer: Lowbit, inputs: list[str], rank: int) -> str:
+def _write(g: Writer, call: _Call) -> str:
+    layer = call.layer
     if isinstance(layer, LowbitAdd):
-        pairs = zip(inputs, layer.inputs, strict=True)
+        pairs = zip(call.inputs, layer.inputs, strict=True)
         sides = [g.encoded(x, f"input_{number}", side) for number, (x, side) in enumerate(pairs)]
         return g.add("Add", sides, "output")
+    [x] = call.inputs
     if isinstance(layer, LowbitEmbedding):
-        return _embedding(g, layer, inputs[0], rank)
+        return _embedding(g, layer, x, call.rank)
     input = layer.input
     if input is None:
-        return _float_product(g, layer, inputs[0], exact=False)
-    if not input.spec.format.is_integer:
-        raise ExportError(f"{path}.input: {input.spec} has no ONNX form; use uint8/asym or set the site to 'float'")
-    if not input.spec.dynamic:
-        return _float_product(g, layer, g.encoded(inputs[0], "input", input), exact=_integer(layer.weight_spec))
-    if _integer(layer.weight_spec) and (input.spec.symmetric or input.spec.granularity.kind == "tensor"):
-        return _live_product(g, layer, inputs[0], input)
-    codes, scale, zero = _live_codes(g, inputs[0], input.spec)
+        return _product(g, call, layer, x, exact=False)
+    spec, exact = input.spec, _integer(layer.weight_spec)
+    if not spec.format.is_integer:
+        raise ExportError(f"{call.path}.input: {spec} has no ONNX form; use uint8/asym or set the site to 'float'")
+    if not spec.dynamic:
+        return _product(g, call, layer, g.encoded(x, "input", input), exact=exact)
+    if exact and (spec.symmetric or spec.granularity.kind == "tensor"):
+        return _live_product(g, call, layer, x, spec)
+    codes, scale, zero = _live_codes(g, x, spec)
     centred = codes if zero is None else g.add("Sub", [codes, zero], "input_centred")
-    return _float_product(g, layer, g.add("Mul", [centred, scale], "input_values"), exact=False)
+    return _product(g, call, layer, g.add("Mul", [centred, scale], "input_values"), exact=False)
 
 
 def _integer(weight: QuantSpec) -> bool:
@@ -81,26 +104,24 @@ def _integer(weight: QuantSpec) -> bool:
     return weight.format.is_integer and weight.symmetric and weight.granularity.kind in ("tensor", "channel")
 
 
-def _float_product(g: Writer, layer: LowbitLayer, x: str, *, exact: bool) -> str:
+def _product(g: Writer, call: _Call, layer: LowbitLayer, x: str, *, exact: bool) -> str:
     """Conv or MatMul of decoded operands, plus bias; ``exact`` says that both are integer codes times a scale."""
     weight = g.weight_values(layer, widened=exact)
+    bias = None if layer.bias is None else g.constant("bias", layer.bias, "FLOAT")
     if isinstance(layer, LowbitConv):
-        bias = [] if layer.bias is None else [g.constant("bias", layer.bias, "FLOAT")]
-        return g.add("Conv", [x, weight, *bias], "output", **_geometry(layer))
-    if layer.bias is None:
+        return g.add("Conv", [x, weight] if bias is None else [x, weight, bias], "output", **_geometry(layer, call))
+    if bias is None:
         return g.add("MatMul", [x, weight], "output")
-    product = g.add("MatMul", [x, weight], "product")
     # ONNX Runtime rewrites MatMul + Add as a float Gemm before it looks for integer pairs; it leaves Sum alone.
-    return g.add("Sum" if exact else "Add", [product, g.constant("bias", layer.bias, "FLOAT")], "output")
+    return g.add("Sum" if exact else "Add", [g.add("MatMul", [x, weight], "product"), bias], "output")
 
 
-def _geometry(layer: LowbitConv) -> dict[str, object]:
+def _geometry(layer: LowbitConv, call: _Call) -> dict[str, object]:
     g, count = layer.geometry, layer.spatial
-    padding = list(g.padding[-count:])
     return {
         "kernel_shape": list(g.kernel_size[-count:]),
         "strides": list(g.stride[-count:]),
-        "pads": padding + padding,
+        "pads": call.pads,
         "dilations": list(g.dilation[-count:]),
         "group": g.groups,
     }
@@ -109,10 +130,7 @@ def _geometry(layer: LowbitConv) -> dict[str, object]:
 def _live_codes(g: Writer, x: str, spec: QuantSpec) -> tuple[str, str, str | None]:
     """Codes of ``x`` in float, their scale and zero point, from the live range: `live_qparams`, then `encode`."""
     fmt, nothing = spec.format, g.constant("nothing", 0.0, "FLOAT")
-    smallest, largest = (
-        g.constant("input_qmin", fmt.qmin, "FLOAT"),
-        g.constant("input_qmax", fmt.qmax, "FLOAT"),
-    )
+    smallest, largest = (g.constant(f"input_{name}", getattr(fmt, name), "FLOAT") for name in ("qmin", "qmax"))
     per_token = spec.granularity.kind == "token"
     axes = [g.constant("input_axes", [-1], "INT64")] if per_token else []
 
@@ -135,10 +153,10 @@ def _live_codes(g: Writer, x: str, spec: QuantSpec) -> tuple[str, str, str | Non
     return g.add("Clip", [codes, smallest, largest], "input_codes"), scale, zero
 
 
-def _live_product(g: Writer, layer: LowbitLayer, x: str, input: Activation) -> str:
+def _live_product(g: Writer, call: _Call, layer: LowbitLayer, x: str, spec: QuantSpec) -> str:
     """ConvInteger or MatMulInteger of live codes: ``acc * (s_x * s_w) + bias``."""
-    codes, scale, zero = _live_codes(g, x, input.spec)
-    qmin, axes = input.spec.format.qmin, (1,) * (layer.spatial if isinstance(layer, LowbitConv) else 0)
+    codes, scale, zero = _live_codes(g, x, spec)
+    qmin, axes = spec.format.qmin, (1,) * (layer.spatial if isinstance(layer, LowbitConv) else 0)
 
     def unsigned(value: str, name: str) -> str:
         moved = g.add("Sub", [value, g.constant("input_qmin", qmin, "FLOAT")], f"{name}_moved") if qmin else value
@@ -147,11 +165,16 @@ def _live_product(g: Writer, layer: LowbitLayer, x: str, input: Activation) -> s
     zero = g.constant("input_zero", -qmin, "UINT8") if zero is None else unsigned(zero, "input_zero_point")
     operands = [unsigned(codes, "input_codes"), g.weight_codes(layer, widened=True), zero]
     if isinstance(layer, LowbitConv):
-        total = g.add("ConvInteger", operands, "total", **_geometry(layer))
+        total = g.add("ConvInteger", operands, "total", **_geometry(layer, call))
     else:
         total = g.add("MatMulInteger", operands, "total")
-    weight_scale = g.constant("weight_scale", layer.weight_scale.reshape(-1, *axes), "FLOAT")
-    factor = g.add("Mul", [scale, weight_scale], "factor")
+    if spec.granularity.kind == "token":
+        # An outer product: a Mul would make ONNX Runtime fuse MatMulIntegerToFloat, which reads the first scale only.
+        row = layer.weight_scale.reshape(1, -1).expand(1, layer.shape[0])
+        factor = g.add("MatMul", [scale, g.constant("weight_scale", row, "FLOAT")], "factor")
+    else:
+        weight_scale = g.constant("weight_scale", layer.weight_scale.reshape(-1, *axes), "FLOAT")
+        factor = g.add("Mul", [scale, weight_scale], "factor")
     factors = [g.cast(total, "FLOAT", "total_float"), factor]
     if layer.bias is None:
         return g.add("Mul", factors, "output")
@@ -160,7 +183,7 @@ def _live_product(g: Writer, layer: LowbitLayer, x: str, input: Activation) -> s
 
 
 def _embedding(g: Writer, layer: LowbitEmbedding, ids: str, rank: int) -> str:
-    """Gather the codes and the scales of the rows, then decode: DequantizeLinear would decode the whole table each time."""
+    """Gather codes and scales of the rows, then decode: DequantizeLinear would decode the whole table every time."""
     spec, codes = layer.weight_spec, layer.weight.codes
     fmt, grouped = spec.format, spec.granularity.kind == "group"
 
@@ -186,5 +209,5 @@ def _embedding(g: Writer, layer: LowbitEmbedding, ids: str, rank: int) -> str:
     values = g.add("Mul", [values, rows("weight_scale", layer.weight_scale)], "row_blocks" if grouped else "output")
     if not grouped:
         return values
-    shape = g.constant("row_shape", [0] * rank + [layer.shape[1]], "INT64")  # 0 copies a dimension of the ids
+    shape = g.constant(f"row_shape_{rank}", [0] * rank + [layer.shape[1]], "INT64")  # 0 copies a dimension of the ids
     return g.add("Reshape", [values, shape], "output")

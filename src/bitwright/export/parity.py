@@ -6,11 +6,12 @@ Two sessions tell the two apart:
 
 * The *output* comes from a session with ONNX Runtime's default optimisations, which is what a deployment gets.
 * The *layers* come from a session without optimisations, since a value inside a fused operator cannot be read. It
-  computes every node as the file states it, so a layer that differs there was exported wrongly.
+  computes every node as the file states it: there a layer differs by the last bits of float sums, and by codes that
+  such bits flipped in the layers before it.
 
-Both run on the CPU with two settings that a deployment should choose as well: ``qdq_matmulnbits_accuracy_level = 1`` (by
-default ONNX Runtime quantizes the float inputs of weight-only layers behind the model's back) and
-``x64quantprecision = 1`` (without it 8-bit products saturate on AVX2 machines that have no VNNI).
+Both run on the CPU with `settings` that a deployment should choose as well:
+``session.qdq_matmulnbits_accuracy_level = 1`` (by default ONNX Runtime quantizes the float inputs of weight-only layers
+to 8 bits), and on CPUs without VNNI ``session.x64quantprecision = 1`` (else sums of 8-bit products saturate there).
 """
 
 from __future__ import annotations
@@ -30,17 +31,24 @@ from bitwright.export.onnx import require_onnx
 from bitwright.export.writer import value_name
 from bitwright.flow.evaluate import LayerDifference, difference, outputs_of
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.kernels.cpu import cpu_features
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
-_SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantprecision": "1"}
+
+def settings() -> dict[str, str]:
+    """Entries for `SessionOptions.add_session_config_entry` with which ONNX Runtime computes what the file states."""
+    entries = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    if "avx512_vnni" not in cpu_features():
+        entries["session.x64quantprecision"] = "1"
+    return entries
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Differences between a converted model and its file on one batch: by layer in order, of the output, and of its argmax.
+    """Differences between a converted model and its file on one batch: by layer in order, and of the output.
 
     Layer differences include what the layers before them passed on. ``argmax_agreement`` is the share of rows whose
     largest output has the same index.
@@ -89,7 +97,7 @@ def _joined(outputs: Sequence[Tensor]) -> Tensor:
 
 def _layer_outputs(path: str | Path, batch: Any, layers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs of the layers, read from a copy of the file that has them as outputs."""
-    from onnx import TensorProto, helper  # noqa: PLC0415 - an optional extra
+    from onnx import TensorProto, helper
 
     proto = _loaded(path)
     values = {name for node in proto.graph.node for name in node.output}
@@ -113,7 +121,7 @@ def _last_call(layer: str, values: set[str]) -> str:
 
 def _loaded(path: str | Path) -> ModelProto:
     require_onnx()
-    import onnx  # noqa: PLC0415 - an optional extra
+    import onnx
 
     try:
         return onnx.load(str(path))
@@ -122,15 +130,19 @@ def _loaded(path: str | Path) -> ModelProto:
 
 
 def _session(proto: ModelProto, *, optimized: bool) -> InferenceSession:
-    import onnxruntime  # noqa: PLC0415 - an optional extra
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    for key, value in _SETTINGS.items():
+    options.log_severity_level = 4  # what goes wrong is raised below
+    for key, value in settings().items():
         options.add_session_config_entry(key, value)
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as cause:
+        raise ExportError(f"ONNX Runtime cannot load the file: {cause}") from cause
 
 
 def _run(session: InferenceSession, batch: Any, names: list[str] | None) -> list[Tensor]:

@@ -5,7 +5,7 @@ numbers, these are the ones that it runs in integers:
 
 * Activations are uint8 for every format. A signed code is stored as ``code - qmin`` with the zero point moved along
   (int8 becomes uint8 with zero point 128): signed activations make ONNX Runtime compute in float, and some graphs with
-  them fail to load. Formats narrower than 8 bits are a ``Clip`` of the uint8 codes, since 4-bit activations run in float.
+  them fail to load. Formats narrower than 8 bits are a ``Clip`` of uint8 codes, since 4-bit activations run in float.
 * Weights of 4 bits and less are INT4 initializers. Where the input is quantized too, they are cast to INT8 before
   ``DequantizeLinear``; ONNX Runtime folds the cast when it loads the file and finds the 8-bit pair it has kernels for.
 * Weights with float inputs stay INT4 up to ``DequantizeLinear``, which ``MatMul`` absorbs into ``MatMulNBits``.
@@ -56,7 +56,7 @@ def storage(fmt: Format) -> str:
 
 def type_code(kind: str) -> int:
     """ONNX's number for an element type."""
-    from onnx import TensorProto  # noqa: PLC0415 - an optional extra
+    from onnx import TensorProto
 
     return TensorProto.DataType.Value(kind)
 
@@ -78,6 +78,7 @@ class Writer:
         self.initializers: dict[str, TensorProto] = {}
         self._calls: dict[str, int] = {}
         self._encoded: dict[tuple[object, ...], str] = {}
+        self._weights: dict[str, str] = {}
         self._path = self._scope = ""
 
     def begin(self, path: str) -> None:
@@ -87,7 +88,7 @@ class Writer:
 
     def constant(self, name: str, values: Tensor | float | list[int], kind: str) -> str:
         """An initializer of the current layer (one per name, also when the layer is called again)."""
-        from onnx import helper  # noqa: PLC0415 - an optional extra
+        from onnx import helper
 
         full = value_name(self._path, name)
         if full not in self.initializers:
@@ -98,7 +99,7 @@ class Writer:
 
     def add(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """A node of the current layer; returns the name of its output."""
-        from onnx import helper  # noqa: PLC0415 - an optional extra
+        from onnx import helper
 
         output = value_name(self._scope, name)
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attributes))
@@ -129,7 +130,7 @@ class Writer:
         return self._encoded[key]
 
     def weight_codes(self, layer: LowbitLayer, *, widened: bool) -> str:
-        """The integer codes as stored (a linear layer's transposed to ``[in, out]``), ``widened`` to 8 bits if asked."""
+        """The codes as stored (a linear layer's transposed to ``[in, out]``), ``widened`` to 8 bits if asked."""
         fmt, codes = layer.weight_spec.format, layer.weight.codes
         codes = codes.T if isinstance(layer, LowbitLinear) else codes
         name = self.constant("weight", codes, storage(fmt))
@@ -138,22 +139,31 @@ class Writer:
         return self.cast(name, storage(fmt).replace("4", "8"), "weight_codes")
 
     def weight_values(self, layer: LowbitLayer, *, widened: bool) -> str:
-        """The decoded weight, float32 (a linear layer's as ``[in, out]``)."""
+        """The decoded weight, float32 (a linear layer's as ``[in, out]``); all calls of a layer share it."""
+        if self._path not in self._weights:
+            self._weights[self._path] = self._decoded(layer, widened)
+        return self._weights[self._path]
+
+    def _decoded(self, layer: LowbitLayer, widened: bool) -> str:
         spec = layer.weight_spec
         if spec.format.dtype is not None:
             return self.cast(self.weight_codes(layer, widened=False), "FLOAT", "weight_values")
         if spec.format.codebook:
             return self._looked_up(layer)
-        transposed, grouped = isinstance(layer, LowbitLinear), spec.granularity.kind == "group"
-        inputs = [self.weight_codes(layer, widened=widened)]
-        for name, values, kind in (
-            ("weight_scale", layer.weight_scale, "FLOAT"),
-            ("weight_zero_point", layer.weight_zero_point, storage(spec.format)),
-        ):
-            if values is not None:
-                inputs.append(self.constant(name, _per_axis(values, spec, transposed), kind))
-        blocks = {"block_size": spec.granularity.size} if grouped else {}
-        axis = {} if spec.granularity.kind == "tensor" else {"axis": int(transposed != grouped)}
+        transposed, kind = isinstance(layer, LowbitLinear), spec.granularity.kind
+        stored = storage(spec.format).replace("4", "8") if widened else storage(spec.format)
+        zero_point = layer.weight_zero_point
+        if zero_point is None and stored.endswith("8"):
+            # Zero by definition, but with session.x64quantprecision ONNX Runtime breaks per-axis nodes that omit it.
+            zero_point = torch.zeros_like(layer.weight_scale)
+        inputs = [
+            self.weight_codes(layer, widened=widened),
+            self.constant("weight_scale", _per_axis(layer.weight_scale, spec, transposed), "FLOAT"),
+        ]
+        if zero_point is not None:
+            inputs.append(self.constant("weight_zero_point", _per_axis(zero_point, spec, transposed), stored))
+        blocks = {"block_size": spec.granularity.size} if kind == "group" else {}
+        axis = {} if kind == "tensor" else {"axis": int(transposed != (kind == "group"))}
         return self.add("DequantizeLinear", inputs, "weight_values", **axis, **blocks)
 
     def _looked_up(self, layer: LowbitLayer) -> str:

@@ -31,6 +31,8 @@ def calibrate(
     plan_of(model)
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (QLayer, QAdd))}
+    if not layers:
+        raise CalibrationError("this model has no simulated layers: it was converted already; calibrate before convert")
     static = [q for q in _inputs(layers.values()) if not q.spec.dynamic]
     _set_stage(quantizers, Stage.OBSERVE)
     try:
@@ -107,8 +109,7 @@ def _check_hits(hits: dict[str, int]) -> None:
     if missed:
         raise CalibrationError(
             f"{len(missed)} of {len(hits)} quantized modules never ran during calibration: {', '.join(missed[:8])}"
-            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'. "
-            "If they sit in nn.TransformerEncoderLayer, call torch.backends.mha.set_fastpath_enabled(False)"
+            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'"
         )
 
 

@@ -7,9 +7,11 @@ file's metadata maps the other names to them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,12 +33,9 @@ PLAN, TENSORS = "plan.toml", "model.safetensors"
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write a prepared or converted model; an earlier checkpoint in ``folder`` is replaced at the end, in one step.
 
-    Raises `CheckpointError` when the folder cannot be written or holds something else.
+    Raises `CheckpointError` when the folder cannot be written or holds anything but an earlier checkpoint.
     """
-    folder = Path(folder)
     plan = plan_of(model)
-    if folder.exists() and not (folder.is_dir() and ((folder / PLAN).exists() or not any(folder.iterdir()))):
-        raise CheckpointError(f"{folder} exists and is no bitwright checkpoint; choose another folder")
     tensors, aliases = _distinct(model.state_dict())
     metadata = {
         "format": "bitwright",
@@ -45,21 +44,50 @@ def save(model: nn.Module, folder: str | Path) -> None:
         "aliases": json.dumps(aliases),
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as cause:
-        raise CheckpointError(f"cannot write {folder}: {cause}") from cause
+        place = Path(folder).resolve()
+        _check_place(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"cannot write {str(folder)!r}: {cause}") from cause
     try:
         plan.save(part / PLAN)
         save_file(tensors, part / TENSORS, metadata)
         part.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    except OSError as cause:
+        _put(part, place)
+    except (OSError, SafetensorError) as cause:
         raise CheckpointError(f"cannot write {folder}: {cause}") from cause
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_place(folder: Path) -> None:
+    """Only a checkpoint may be replaced, and nothing else may be lost with it."""
+    if folder.is_dir():
+        found = sorted(entry.name for entry in folder.iterdir())
+        if found in ([], sorted((PLAN, TENSORS))):
+            return
+        raise CheckpointError(f"{folder} holds {', '.join(found[:3])}: no bitwright checkpoint; choose another folder")
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists and is no bitwright checkpoint; choose another folder")
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Rename ``part`` to ``folder``; an earlier checkpoint is swapped with it, so that ``folder`` is never missing."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(part, folder)
+    elif not _swap(part, folder):  # elsewhere than on Linux two renames must do
+        old = part.with_name(part.name + ".old")
+        os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, where the system can."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | None = None) -> nn.Module:
@@ -70,27 +98,45 @@ def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | Non
     """
     folder = Path(folder)
     tensors, metadata = read_tensors(folder / TENSORS)
-    if metadata.get("format") != "bitwright" or metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"{folder / TENSORS} was not written by this version of bitwright (format {metadata.get('format')!r}, "
-            f"version {metadata.get('version')!r}; expected 'bitwright', {VERSION!r})"
-        )
+    kind, aliases = _understood(metadata, tensors, folder / TENSORS)
     try:
         rebuilt = prepare(model, Plan.load(folder / PLAN))
+        if kind != "float":
+            for module in rebuilt.modules():
+                if isinstance(module, Quantizer):
+                    module.stage = Stage.SIMULATE
+        if kind == "converted":
+            rebuilt = convert(rebuilt, inplace=True, features=features)
     except BitwrightError as cause:
         raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {cause}") from cause
-    if metadata["kind"] != "float":
-        for module in rebuilt.modules():
-            if isinstance(module, Quantizer):
-                module.stage = Stage.SIMULATE
-    if metadata["kind"] == "converted":
-        rebuilt = convert(rebuilt, inplace=True, features=features)
-    tensors |= {alias: tensors[name] for alias, name in json.loads(metadata["aliases"]).items()}
+    tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    for name, value in rebuilt.state_dict().items():
+        if name in tensors and tensors[name].dtype != value.dtype:
+            found = f"{name} is {tensors[name].dtype}, expected {value.dtype}"
+            raise CheckpointError(f"{folder / TENSORS} does not fit {type(model).__name__}: {found}")
     try:
         rebuilt.load_state_dict(tensors)
     except RuntimeError as cause:
         raise CheckpointError(f"{folder / TENSORS} does not fit {type(model).__name__}: {cause}") from cause
     return rebuilt
+
+
+def _understood(metadata: dict[str, str], tensors: dict[str, Tensor], path: Path) -> tuple[str, dict[str, str]]:
+    """Kind of model and names of shared tensors, from the metadata that `save` wrote."""
+    if metadata.get("format") != "bitwright" or metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} was not written by this version of bitwright (format {metadata.get('format')!r}, "
+            f"version {metadata.get('version')!r}; expected 'bitwright', {VERSION!r})"
+        )
+    kind = metadata.get("kind", "")
+    try:
+        aliases = json.loads(metadata.get("aliases", ""))
+    except (ValueError, RecursionError) as cause:
+        raise CheckpointError(f"{path} is corrupt: its metadata 'aliases' is no JSON: {cause}") from cause
+    found = isinstance(aliases, dict) and all(isinstance(n, str) and n in tensors for n in aliases.values())
+    if not found or kind not in ("float", "prepared", "converted"):
+        raise CheckpointError(f"{path} is corrupt: its metadata has kind {kind!r} and aliases {str(aliases)[:80]}")
+    return kind, aliases
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -111,18 +157,20 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a state dict (name -> tensor)")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     except (RuntimeError, AttributeError) as cause:
+        model.load_state_dict(before)  # torch copies what fits before it complains
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {cause}") from cause
     return model
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; raises `CheckpointError`."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a file written by bitwright.save or safetensors")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; expected a file written by bitwright.save or safetensors")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as cause:
@@ -142,10 +190,13 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} is a {type(value).__name__}; only tensors can be saved")
         key = (value.data_ptr(), value.shape, value.dtype, value.stride())
         if value.numel() and key in first:
             aliases[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = value.detach().contiguous()
+            alone = value.nbytes == value.untyped_storage().nbytes()  # safetensors refuses tensors that overlap
+            tensors[name] = (value if alone else value.clone()).detach().contiguous()
     return tensors, aliases

@@ -41,13 +41,13 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
     model = model if inplace else copy.deepcopy(model)
     features = cpu_features() if features is None else features
     packed: dict[tuple[int, int], QTensor] = {}
-    for path, module in list(model.named_modules()):
-        if new := _shipped(module, features, packed):
+    shipped: dict[nn.Module, nn.Module | None] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):  # a module may be registered twice
+        if module not in shipped:
+            shipped[module] = _shipped(module, features, packed)
+        if new := shipped[module]:
             _replace(model, path, new)
-    if isinstance(model, (QLayer, QAdd)):
-        new = _shipped(model, features, packed)
-        assert new is not None
-        model = new
+    model = shipped[model] or model
     model.bitwright_plan = plan  # type: ignore[assignment]
     return model.eval()
 

@@ -102,7 +102,7 @@ class LayerDifference:
 
 
 def compare(model: nn.Module, other: nn.Module, batch: Any, paths: Iterable[str]) -> list[LayerDifference]:
-    """Differences of the modules at ``paths`` between two models on one batch; sqnr is infinite where they are equal."""
+    """Differences of the modules at ``paths`` between two models on one batch; sqnr is infinite where equal."""
     paths = list(paths)
     left, right = outputs_of(model, batch, paths), outputs_of(other, batch, paths)
     return [difference(path, left[path], right[path]) for path in paths if path in left and path in right]

@@ -7,6 +7,7 @@ Until calibration the prepared model computes in float, what it computed before.
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ def prepare(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module
         raise ModelError("this model is prepared already; prepare the float model")
     validate(plan, model)
     _check_weights(plan, model)
+    _check_structure(plan, model)
+    _name_adds(model, plan, rehearse=True)
     model = model if inplace else copy.deepcopy(model)
     _name_adds(model, plan)
     quantizers = {site: _quantizer(model, plan, site) for site, spec in plan.sites.items() if spec is not None}
@@ -48,6 +51,7 @@ def prepare(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module
         _swap(model.get_submodule(path), path, quantizers)
     for path, norm in plan.folds.items():
         _fold(model, path, norm)
+    _leave_fused_paths(model)
     model.bitwright_plan = plan  # type: ignore[assignment]
     return model
 
@@ -76,16 +80,39 @@ def _check_weights(plan: Plan, model: nn.Module) -> None:
                 )
 
 
-def _name_adds(model: nn.Module, plan: Plan) -> None:
+def _check_structure(plan: Plan, model: nn.Module) -> None:
+    """[folds] and [shared] were found by recording a model; they must hold for this one."""
+    modules = dict(model.named_modules())
+    for path, norm_path in plan.folds.items():
+        layer, norm = modules[path], modules[norm_path]
+        fits = isinstance(norm, _BatchNorm) and norm.track_running_stats and operator_of(layer) in ("linear", "conv")
+        if not fits or norm.num_features != len(layer.get_parameter("weight")):
+            raise PlanError(f"[folds] {path} = {norm_path}: {norm} cannot fold into {layer}; make a new plan")
+        if list(plan.folds.values()).count(norm_path) > 1:
+            raise PlanError(f"[folds] {path} = {norm_path}: a batch norm folds into one layer only; make a new plan")
+    for site, leader in plan.shared.items():
+        weights = [modules[s.path].get_parameter("weight") for s in (site, leader) if s.is_weight]
+        if weights and not (len(weights) == 2 and weights[0] is weights[1]):
+            raise PlanError(f"[shared] {site} = {leader}: these are not one tensor in this model; make a new plan")
+
+
+def _name_adds(model: nn.Module, plan: Plan, *, rehearse: bool = False) -> None:
+    """Name the adds of the plan; a rehearsal does it on shallow copies and only raises what there is to raise."""
     owners: dict[str, list[int]] = {}
     modules = dict(model.named_modules())
     for site, spec in plan.sites.items():
         if site.slot == "input.0" and spec is not None and site.path not in modules:
             owner, _, leaf = site.path.rpartition(".")
+            if not re.fullmatch("add_(0|[1-9][0-9]{0,5})", leaf):
+                raise PlanError(f"{site}: adds are called add_0, add_1, ...; make a new plan")
             owners.setdefault(owner, []).append(int(leaf.removeprefix("add_")))
     for owner, ordinals in owners.items():
+        module = modules[owner]
+        if rehearse:
+            module = copy.copy(module)
+            module._modules = dict(module._modules)
         try:
-            name_adds(modules[owner], ordinals)
+            name_adds(module, ordinals)
         except Exception as cause:
             raise PlanError(f"{owner or type(model).__name__}: cannot name its adds: {cause}") from cause
 
@@ -109,6 +136,18 @@ def _swap(module: nn.Module, path: str, quantizers: dict[Site, Quantizer]) -> No
 
 def _fold(model: nn.Module, path: str, norm_path: str) -> None:
     layer, norm = model.get_submodule(path), model.get_submodule(norm_path)
-    if not isinstance(layer, QLayer) or not isinstance(norm, _BatchNorm):
-        raise PlanError(f"[folds] {path} = {norm_path}: expected a quantized layer and a batch norm")
+    assert isinstance(layer, QLayer)
+    assert isinstance(norm, _BatchNorm)
     layer.fold(norm)
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """In eval mode torch hands the raw weights of an encoder layer to one fused kernel, past the layers inside it.
+
+    Where those are quantized, that path is shut by the attributes that torch itself asks.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            if any(isinstance(child, QLayer) for child in module.modules()):
+                module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+                module.use_nested_tensor = False  # type: ignore[assignment]

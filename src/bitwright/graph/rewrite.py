@@ -18,7 +18,7 @@ from bitwright.errors import ModelError
 from bitwright.graph.dataflow import evaluating
 
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
-_NEW_MEMORY = frozenset("add sub mul truediv div matmul cat relu gelu silu pad interpolate".split())
+_NEW_MEMORY = frozenset("add sub mul truediv div matmul cat relu gelu silu sigmoid mean sum pad interpolate".split())
 
 
 class Add(nn.Module):
@@ -113,15 +113,18 @@ def _unsafe(module: nn.Module, add: fx.Node, ordinal: int) -> str:
 
 def _aliasing(module: nn.Module, add: fx.Node) -> str:
     """An in-place add may only become an ordinary one if nobody looks at the overwritten memory later."""
-    source = add.args[0]
-    while isinstance(source, fx.Node):
-        if any(user > add for user in source.users):
-            return f"the in-place add {add.name} overwrites a tensor that is used again"
-        if source.op in ("placeholder", "get_attr"):
-            return f"the in-place add {add.name} overwrites {source.target}, which belongs to the caller"
-        if _makes_new_memory(module, source):
-            break
-        source = next(iter(source.all_input_nodes), None)
+    owner = add.args[0]
+    while isinstance(owner, fx.Node) and not _makes_new_memory(module, owner):
+        if owner.op in ("placeholder", "get_attr"):
+            return f"the in-place add {add.name} overwrites {owner.target}, which belongs to the caller"
+        owner = next(iter(owner.all_input_nodes), None)
+    queue = [owner] if isinstance(owner, fx.Node) else []
+    while queue:
+        for user in queue.pop().users:
+            if user > add:
+                return f"the in-place add {add.name} overwrites a tensor that is used again"
+            if user is not add and not _makes_new_memory(module, user):
+                queue.append(user)
     return ""
 
 

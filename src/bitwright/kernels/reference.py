@@ -92,13 +92,13 @@ def add(a: Codes, b: Codes) -> Tensor:
 
 def _exact(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, limit: int, axis: int | None) -> Tensor:
     """The integer product rounded once to float32: by blocks along the input ``axis``, in float64 without one."""
-    blocks = -(-limit // EXACT)
-    if blocks == 1:
-        return product(x, w)
-    if axis is None or x.shape[axis] < blocks:
-        return product(x.double(), w.double()).float()
-    size = -(-x.shape[axis] // blocks)
-    parts = [product(a, b) for a, b in zip(x.split(size, axis), w.split(size, 1), strict=True)]
-    if len(parts) == 2:
-        return parts[0] + parts[1]
-    return torch.stack([part.double() for part in parts]).sum(0).float()
+    with torch.autocast(x.device.type, enabled=False):  # it would round the sums
+        if limit <= EXACT:
+            return product(x, w)
+        size = 0 if axis is None else x.shape[axis] * EXACT // limit  # so many inputs cannot exceed EXACT
+        if axis is None or not size:
+            return product(x.double(), w.double()).float()
+        parts = [product(a, b) for a, b in zip(x.split(size, axis), w.split(size, 1), strict=True)]
+        if len(parts) == 2:
+            return parts[0] + parts[1]
+        return torch.stack([part.double() for part in parts]).sum(0).float()

@@ -108,7 +108,7 @@ def _run_native_linear(
         qparams = live_qparams(x, spec)
     scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
     return torch.ops.bitwright.linear(
-        x, packed.layout, packed.scale, packed.sums, bias, scale, zero_point,
+        x.float(), packed.layout, packed.scale, packed.sums, bias, scale, zero_point,
         _layout_bits(weight), spec.format.qmin, spec.format.qmax, isa,
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def _run_native_conv(
     spec, qparams = input
     qparams = live_qparams(x, spec) if qparams is None else qparams
     return torch.ops.bitwright.conv2d(
-        x, packed.layout, packed.scale, packed.sums, bias, qparams.scale, qparams.zero_point,
+        x.float(), packed.layout, packed.scale, packed.sums, bias, qparams.scale, qparams.zero_point,
         g.kernel_size, g.stride, g.padding, g.dilation, g.groups, spec.format.qmin, spec.format.qmax, isa,
     )  # fmt: skip
 
@@ -185,11 +185,11 @@ def _as_2d(filters: Tensor) -> Tensor:
 
 
 def _gather(ids: Tensor, packed: Packed, weight: QuantSpec) -> Tensor:
-    rows = packed.layout[ids]
+    rows = F.embedding(ids, packed.layout)
     if weight.granularity.kind == "tensor":
         return decode(rows, weight, QParams(packed.scale, packed.zero_point))
-    zero_point = None if packed.zero_point is None else packed.zero_point[ids]
-    return decode(rows, weight, QParams(packed.scale[ids], zero_point))
+    zero_point = None if packed.zero_point is None else F.embedding(ids, packed.zero_point)
+    return decode(rows, weight, QParams(F.embedding(ids, packed.scale), zero_point))
 
 
 def _reference_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
@@ -201,7 +201,7 @@ def _native_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Te
     assert params_a is not None
     assert params_b is not None
     return torch.ops.bitwright.add(
-        a, b, params_a.scale, params_a.zero_point, params_b.scale, params_b.zero_point,
+        a.float(), b.float(), params_a.scale, params_a.zero_point, params_b.scale, params_b.zero_point,
         (spec_a.format.qmin, spec_a.format.qmax), (spec_b.format.qmin, spec_b.format.qmax),
     )  # fmt: skip
 

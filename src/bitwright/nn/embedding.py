@@ -21,7 +21,7 @@ class QEmbedding(QLayer, nn.Embedding):
         quantizer = self.weight_quantizer
         if quantizer is None or not self.simulating:
             return rows
-        qparams = quantizer.qparams
+        qparams = quantizer.training_qparams(self.weight)
         assert qparams is not None
         if quantizer.spec.granularity.kind != "tensor":
             zero_point = None if qparams.zero_point is None else F.embedding(input, qparams.zero_point)

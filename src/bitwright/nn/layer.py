@@ -61,7 +61,8 @@ class QLayer(nn.Module):
             return self.weight, self.bias
         norm = self.norm[0]
         factor = _factor(norm)
-        mean = norm.running_mean.double()  # type: ignore[union-attr]
+        assert norm.running_mean is not None
+        mean = norm.running_mean.double()
         start = -mean if self.bias is None else self.bias.double() - mean
         bias = start * factor + (0.0 if norm.bias is None else norm.bias.double())
         shape = (-1, *[1] * (self.weight.dim() - 1))
@@ -72,6 +73,8 @@ class QLayer(nn.Module):
         """Update the folded norm's running statistics from this layer's output, while training and not frozen."""
         if not self.norm or not self.training or self.freeze_norm or not self.simulating:
             return
+        if out.numel() < 2 * out.shape[1]:  # one value per channel has no variance
+            return
         norm = self.norm[0]
         axes = [axis for axis in range(out.dim()) if axis != 1]
         var, mean = torch.var_mean(out.double(), axes, correction=1)
@@ -79,8 +82,9 @@ class QLayer(nn.Module):
         alive = factor.abs() > 1e-12
         factor = torch.where(alive, factor, 1.0)
         beta = 0.0 if norm.bias is None else norm.bias.double()
-        mean = norm.running_mean + (mean - beta) / factor
+        assert norm.running_mean is not None
         assert norm.num_batches_tracked is not None
+        mean = norm.running_mean + (mean - beta) / factor
         norm.num_batches_tracked += 1
         share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
         for running, batch in ((norm.running_mean, mean), (norm.running_var, var / factor.square())):

@@ -39,6 +39,7 @@ class Quantizer(nn.Module):
     def __init__(self, site: str, spec: QuantSpec, shape: tuple[int, ...] | None, observer: str) -> None:
         super().__init__()
         self.site, self.spec, self.observer_name = site, spec, observer
+        self.is_weight = shape is not None
         self.stage = Stage.FLOAT
         self.observer: Observer | None = None
         self.scale: nn.Parameter | None
@@ -98,17 +99,17 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Codes:
         """Codes of ``x`` with straight-through gradients; the gradient of a learned scale is LSQ's."""
-        return codes_of(x, self.spec, self._training_qparams(x))
+        return codes_of(x, self.spec, self.training_qparams(x))
 
     def simulate(self, x: Tensor) -> Tensor:
         """Values of the codes of ``x``, for products that are computed in float."""
-        qparams = self._training_qparams(x)
+        qparams = self.training_qparams(x)
         if qparams is None:
             codes = codes_of(x, self.spec, None)
             return codes.values * codes.scale
         return simulate(x, self.spec, qparams)
 
-    def _training_qparams(self, x: Tensor) -> QParams | None:
+    def training_qparams(self, x: Tensor) -> QParams | None:
         """`qparams`, with a learned scale's gradient multiplied by ``1 / sqrt(N * qmax)`` (LSQ, section 2.2).
 
         N counts the elements that one scale serves: of a weight per channel or group, of an activation per sample.
@@ -116,7 +117,7 @@ class Quantizer(nn.Module):
         qparams = self.qparams
         if qparams is None or not qparams.scale.requires_grad:
             return qparams
-        sharing = x.numel() / (len(x) if self.scale is not None and self.scale.numel() == 1 else qparams.scale.numel())
-        gain = 1.0 / math.sqrt(sharing * max(self.spec.format.qmax, 1))
+        parts = qparams.scale.numel() if self.is_weight else len(x)
+        gain = 1.0 / math.sqrt(x.numel() / parts * max(self.spec.format.qmax, 1))
         frozen = qparams.scale.detach()
         return QParams(frozen + (qparams.scale - frozen) * gain, qparams.zero_point)

@@ -15,4 +15,4 @@ def nearest_code(x: Tensor, codebook: tuple[float, ...]) -> Tensor:
     [0.0, 1.0, 3.0]
     """
     table = torch.tensor(codebook, dtype=torch.float32, device=x.device)
-    return torch.bucketize(x.detach(), (table[1:] + table[:-1]) / 2).float()
+    return torch.bucketize(x.detach().contiguous(), (table[1:] + table[:-1]) / 2).float()

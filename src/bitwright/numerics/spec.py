@@ -134,6 +134,8 @@ class QuantSpec:
 
         Raises `SpecError` that names the part that cannot be read.
         """
+        if len(text) > 256:
+            raise SpecError(f"cannot read quantization spec {text[:40]!r}...: {len(text)} characters are too many")
         head, found, inner = text.partition("/scale(")
         if found and not inner.endswith(")"):
             raise SpecError(f"cannot read quantization spec {text!r}: scale( is not closed by )")

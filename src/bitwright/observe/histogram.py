@@ -19,6 +19,7 @@ from bitwright.errors import CalibrationError
 BINS = 4096
 NOTHING_SEEN = "this observer saw no values; give calibration at least one batch"
 _SMALLEST_EXPONENT = -100
+_PART = 2**18
 
 
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
@@ -44,8 +45,10 @@ class Histogram:
         lo, hi = (bound.view(1) for bound in x.aminmax())
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
         self._fit(self.lo.item(), self.hi.item())
-        index = torch.floor(x.double() / 2.0**self.exponent).long() - self.first
-        self.counts += torch.bincount(index, minlength=len(self.counts))
+        for part in x.split(_PART):  # the temporaries must stay small beside the activation itself
+            # Exact: a power of two, and in float64, where the smallest values do not become 0.
+            index = torch.floor(part.double() * 2.0**-self.exponent).int() - self.first
+            self.counts += torch.bincount(index, minlength=len(self.counts))
 
     def _fit(self, lo: float, hi: float) -> None:
         """Choose the finest width at which [lo, hi] and 0 fit, and make room for [lo, hi]."""

@@ -76,7 +76,7 @@ class MinMax:
 
     def update(self, x: Tensor) -> None:  # noqa: D102
         if x.numel():
-            lo, hi = x.aminmax()
+            lo, hi = x.detach().aminmax()
             self.lo, self.hi = (
                 torch.minimum(self.lo, lo.float().cpu()),
                 torch.maximum(self.hi, hi.float().cpu()),
@@ -108,7 +108,7 @@ class Ema:
     def update(self, x: Tensor) -> None:  # noqa: D102
         if not x.numel():
             return
-        batch = torch.stack(x.aminmax()).float().cpu()
+        batch = torch.stack(x.detach().aminmax()).float().cpu()
         self.range = batch if self.range is None else self.decay * self.range + (1 - self.decay) * batch
 
     def reduce(self) -> None:

@@ -141,13 +141,16 @@ class Plan:
         path = Path(path)
         try:
             return cls.from_toml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, BitwrightError) as cause:
+        except (OSError, ValueError, BitwrightError) as cause:
             raise PlanError(f"cannot read plan {path}: {cause}") from cause
 
     @classmethod
     def from_toml(cls, text: str) -> Plan:
         """The plan that a text describes."""
-        data = tomllib.loads(text)
+        try:
+            data = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as cause:
+            raise PlanError(f"not a TOML text: {cause}") from cause
         unknown = set(data) - {"version", "target", "observers", "sites", "folds", "shared", "why"}
         if unknown or data.get("version") != VERSION:
             raise PlanError(

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import TrainingError
 from bitwright.flow.prepare import plan_of
@@ -84,7 +85,9 @@ class Schedule:
         return torch.optim.SGD(param_groups(model, weight_decay), lr=self.lr_at(0), momentum=momentum)
 
     def apply(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> Phase:
-        """Set what trains, what is frozen and the learning rate for a step; call it before every step (or epoch).
+        """Set what trains, what is frozen and the learning rate for a step.
+
+        Call it before every step (or epoch), after ``model.train()``.
 
         Raises `TrainingError` for a model that is not prepared and calibrated.
         """
@@ -92,12 +95,17 @@ class Schedule:
         phase = self.phase(step)
         if getattr(model, "bitwright_phase", None) is not phase:
             self._enter(model, phase)
+        if phase is Phase.FINETUNE:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):  # those that no layer holds: model.train() has set them updating
+                    module.eval()
         if optimizer is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr_at(step)
         return phase
 
     def _enter(self, model: nn.Module, phase: Phase) -> None:
+        _check_paths(model, self.sensitivity or ())
         trainable = _trainable(model)
         sensitive = set(self.sensitive_layers(model)) if phase is Phase.FINETUNE else set()
         kept = {id(parameter) for path in sensitive for parameter in _own_parameters(model, path)}
@@ -184,8 +192,18 @@ def _set_trainable(parameter: nn.Parameter, value: bool) -> None:
         parameter.grad = None  # a stale gradient would still move it
 
 
+def _check_paths(model: nn.Module, paths: Iterable[str]) -> None:
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise TrainingError(f"Schedule(sensitivity=...) names {path!r}, but the model has no such module")
+
+
 def _check_ready(model: nn.Module) -> None:
     plan_of(model)
-    waiting = [q.site for q in model.modules() if isinstance(q, Quantizer) and q.stage is not Stage.SIMULATE]
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    if not quantizers:
+        raise TrainingError("this model has no simulated layers: it was converted already; train the prepared model")
+    waiting = [q.site for q in quantizers if q.stage is not Stage.SIMULATE]
     if waiting:
         raise TrainingError(f"{waiting[0]} has no scale yet; call bitwright.calibrate before training")

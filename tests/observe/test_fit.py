@@ -1,0 +1,134 @@
+"""The range search against the Gaussian optimum and the table of what clipping is worth (algorithms.md 3)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.errors import NumericsError, SpecError
+from bitwright.numerics.affine import live_qparams, simulate
+from bitwright.numerics.spec import QuantSpec
+from bitwright.observe.fit import search_range, weight_qparams
+
+
+def spec(text: str) -> QuantSpec:
+    return QuantSpec.parse(text)
+
+
+def decibel(x: Tensor, y: Tensor) -> float:
+    return 10 * torch.log10(x.double().square().sum() / (x - y).double().square().sum()).item()
+
+
+def squared_error(x: Tensor, text: str, observer: str) -> float:
+    return (simulate(x, spec(text), weight_qparams(x, spec(text), observer)) - x).double().square().sum().item()
+
+
+GAUSSIAN = {"ternary": 7.21, "int2": 8.26, "int4": 19.26}  # the others: test_observer.py
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_a_long_gaussian_row_is_quantized_as_well_as_the_optimum(name):
+    w = torch.randn(1, 60_000)
+    found = decibel(w, simulate(w, spec(f"{name}/channel"), weight_qparams(w, spec(f"{name}/channel"))))
+    assert found == pytest.approx(GAUSSIAN[name], abs=0.1)
+
+
+def samples(name: str) -> Tensor:
+    """20 000 values with the extremes of the table's samples: they alone decide the min-max error."""
+    normal, uniform = torch.randn(20_000), torch.rand(20_000) * 2 - 1
+    laplace = -torch.rand(20_000).clamp(min=1e-7).log() * uniform.sign()
+    values = {"uniform": uniform, "gaussian": normal, "laplace": laplace, "relu": normal.relu()}[name]
+    lo, hi = {"uniform": (-1, 1), "gaussian": (-4.57, 4.57), "laplace": (-10.5, 10.5), "relu": (0, 3.85)}[name]
+    return torch.cat([values.clamp(lo, hi), torch.tensor([lo, hi])])
+
+
+# SQNR in dB, min-max range -> clipped range.
+CLIPPING = {
+    "uniform": {2: (9.5, 9.7), 3: (16.9, 16.9), 4: (23.5, 23.5), 6: (35.9, 35.9), 8: (48.1, 48.1)},
+    "gaussian": {2: (1.8, 8.2), 3: (8.5, 13.8), 4: (15.1, 19.1), 6: (27.6, 29.3), 8: (39.7, 39.9)},
+    "laplace": {2: (1.1, 6.6), 3: (5.3, 11.0), 4: (11.1, 15.4), 6: (23.4, 24.7), 8: (35.5, 35.7)},
+    "relu": {2: (8.5, 13.4), 3: (16.0, 19.1), 4: (22.6, 24.5), 6: (35.0, 35.5), 8: (47.2, 47.2)},
+}
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_clipping_pays_what_the_table_says(name, bits):
+    x, s = samples(name).unsqueeze(0), spec(f"uint{bits}/channel/asym")
+    found = [decibel(x, simulate(x, s, weight_qparams(x, s, observer))) for observer in ("minmax", "mse")]
+    wide, tight = CLIPPING[name][bits]
+    assert found[0] == pytest.approx(wide, abs=0.7)
+    assert found[1] == pytest.approx(tight, abs=0.7)
+
+
+def test_clipping_does_not_help_against_large_outliers():
+    x = torch.randn(1, 20_000)
+    x[0, ::2000], x[0, 1000::2000] = 40.0, -40.0
+    s = spec("uint4/channel/asym")
+    wide, tight = (decibel(x, simulate(x, s, weight_qparams(x, s, name))) for name in ("minmax", "mse"))
+    assert (wide, tight) == (pytest.approx(4.2, abs=0.3), pytest.approx(4.4, abs=0.3))
+
+
+@pytest.mark.parametrize(
+    "text", ["int2", "ternary", "int4/channel", "uint4/channel/asym", "int3/group16", "int8", "nf4/group32", "nf4"]
+)
+@pytest.mark.parametrize("shape", [(8, 64), (8, 3, 3, 32)])
+def test_the_search_is_never_worse_than_the_extremes(text, shape):
+    w = torch.randn(shape) * torch.rand(shape[0], *[1] * (len(shape) - 1))
+    assert squared_error(w, text, "mse") <= squared_error(w, text, "minmax") * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("text", ["int4/channel", "uint4/channel/asym", "int4/group16", "int4", "nf4/group16"])
+def test_found_scales_have_the_shape_of_the_granularity(text):
+    w = torch.randn(6, 64)
+    found = weight_qparams(w, spec(text))
+    wanted = live_qparams(w, spec(text))
+    assert found.scale.shape == wanted.scale.shape
+    assert (found.zero_point is None) == (wanted.zero_point is None)
+    assert torch.equal(weight_qparams(w, spec(text), "minmax").scale, wanted.scale)
+
+
+def test_rows_are_searched_independently():
+    w = torch.randn(5, 128) * torch.tensor([1e-3, 1.0, 10.0, 1e3, 1.0]).view(5, 1)
+    s = spec("uint4/channel/asym")
+    together = weight_qparams(w, s)
+    for row in range(5):
+        alone = weight_qparams(w[row : row + 1], s)
+        assert torch.equal(together.scale[row], alone.scale[0])
+        assert torch.equal(together.zero_point[row], alone.zero_point[0])
+
+
+def test_counts_weigh_like_repetitions():
+    values = torch.randn(1, 50)
+    counts = torch.randint(1, 5, (1, 50))
+    repeated = values.repeat_interleave(counts[0], 1)
+    for text in ("int3", "uint3/asym"):
+        counted = search_range(values, spec(text), counts.float())
+        assert torch.equal(counted.scale, search_range(repeated, spec(text)).scale)
+
+
+def test_values_on_the_grid_are_kept_exactly():
+    w = torch.randint(-7, 8, (4, 64)).float() * 0.25
+    w[:, 0] = 1.75
+    assert squared_error(w, "int4/channel", "mse") == 0
+    assert weight_qparams(w, spec("int4/channel")).scale.flatten().tolist() == [0.25] * 4
+
+
+def test_rows_of_zeros_stay_zero():
+    w = torch.zeros(2, 16)
+    for text in ("int4/channel", "uint4/channel/asym", "nf4/channel"):
+        assert torch.equal(simulate(w, spec(text), weight_qparams(w, spec(text))), w)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    w = torch.ones(2, 4)
+    w[0, 0] = torch.nan
+    for observer in ("mse", "minmax"):
+        with pytest.raises(NumericsError, match="int4/channel: a range bound is NaN or infinite"):
+            weight_qparams(w, spec("int4/channel"), observer)
+
+
+def test_an_unknown_weight_observer_is_named_with_the_known_ones():
+    with pytest.raises(SpecError, match="unknown weight observer 'percentile'; weights know minmax and mse"):
+        weight_qparams(torch.ones(1, 2), spec("int8"), "percentile")
