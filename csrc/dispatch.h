@@ -98,7 +98,8 @@ struct Kernels {
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
-    void (*gemm[3])(const Gemm& gemm, int64_t block_begin, int64_t block_end);  // 8, 4, 2 bit weights
+    // For 8, 4 and 2 bit weights: blocks [begin, end); those up to next_end will be asked for next.
+    void (*gemm[3])(const Gemm& gemm, int64_t begin, int64_t end, int64_t next_end);
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out);
     int64_t tile_rows;  // what the matrix kernel takes at once

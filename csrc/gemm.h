@@ -96,8 +96,14 @@ BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const RowPointers<ROWS
     if constexpr (STEP + 1 < 8 / BITS) step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
 }
 
+// Weights that a later tile will read: one line is requested per group, `step` bytes apart.
+struct Ahead {
+    const uint8_t* at;
+    int64_t step;
+};
+
 template <class S, int BITS, int ROWS, int BLOCKS>
-void tile(const Gemm& g, int64_t row, int64_t block) {
+void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     constexpr int64_t kInputs = 4 * (8 / BITS);
     typename S::I acc[BLOCKS][ROWS];
     BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
@@ -112,6 +118,8 @@ void tile(const Gemm& g, int64_t row, int64_t block) {
             typename S::Raw raw[BLOCKS];
             BW_UNROLL for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
             step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
+            BW_PREFETCH(ahead.at);
+            ahead.at += ahead.step;
             x.advance(kInputs);
             w += kGroupBytes;
         }
@@ -129,31 +137,39 @@ void tile(const Gemm& g, int64_t row, int64_t block) {
 
 // The tile for a run-time number of rows in 1..ROWS.
 template <class S, int BITS, int BLOCKS, int ROWS>
-BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block) {
+BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block, Ahead ahead) {
     if (rows == ROWS) {
-        tile<S, BITS, ROWS, BLOCKS>(g, row, block);
+        tile<S, BITS, ROWS, BLOCKS>(g, row, block, ahead);
     } else if constexpr (ROWS > 1) {
-        tile_of<S, BITS, BLOCKS, ROWS - 1>(g, row, rows, block);
+        tile_of<S, BITS, BLOCKS, ROWS - 1>(g, row, rows, block, ahead);
     }
 }
 
-// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not 12 + 2.
+// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not 12 + 2. The
+// blocks up to `next_end` come next: each tile requests its part of them, so that memory works while the tiles compute.
 template <class S, int BITS>
-void gemm_strip(const Gemm& g, int64_t begin, int64_t end) {
+void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
+    const Ahead nothing{g.w, 0};
     const int64_t tiles = (g.rows + S::kTileRows - 1) / S::kTileRows;
+    const int64_t tile_bytes = S::kTileBlocks * g.block_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = g.rows * t / tiles;
         const int64_t rows = g.rows * (t + 1) / tiles - row;
         int64_t block = begin;
         if (rows <= S::kNarrowRows) {  // few accumulators per block: take more blocks to hide the latency of the sums
             for (; block + S::kNarrowBlocks <= end; block += S::kNarrowBlocks) {
-                tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block);
+                tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block, nothing);
             }
         }
         for (; block + S::kTileBlocks <= end; block += S::kTileBlocks) {
-            tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block);
+            const int64_t next = block + (end - begin);
+            Ahead ahead = nothing;
+            if (next + S::kTileBlocks <= next_end) {
+                ahead = {g.w + next * g.block_bytes + tile_bytes * t / tiles, S::kTileBlocks * kGroupBytes / tiles};
+            }
+            tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block, ahead);
         }
-        for (; block < end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block);
+        for (; block < end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block, nothing);
     }
 }
 

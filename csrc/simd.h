@@ -25,9 +25,12 @@
 #define BW_UNROLL
 #endif
 
-// Hides where a pointer came from, so that loops keep it in a register of its own.
+// BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_PREFETCH requests a line for the
+// second-level cache.
 #if defined(__GNUC__) || defined(__clang__)
 #define BW_OPAQUE(pointer) __asm__("" : "+r"(pointer))
+#define BW_PREFETCH(pointer) __builtin_prefetch(pointer, 0, 2)
 #else
 #define BW_OPAQUE(pointer) (void)0
+#define BW_PREFETCH(pointer) (void)0
 #endif

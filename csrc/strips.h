@@ -40,7 +40,10 @@ void run_strips(const Kernels& kernels, int bits, int64_t strips, int64_t blocks
     const int64_t slab = once ? std::max<int64_t>(1, blocks) : round_up(fitting, unit);
     for (int64_t begin = cols.begin; begin < cols.end; begin += slab) {
         const int64_t end = std::min(cols.end, begin + slab);
-        for (int64_t i = rows.begin; i < rows.end; ++i) kernels.gemm[weight_index(bits)](at(i), begin, end);
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+            const int64_t next_end = i + 1 == rows.end ? cols.end : end;
+            kernels.gemm[weight_index(bits)](at(i), begin, end, next_end);
+        }
     }
 }
 

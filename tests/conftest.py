@@ -1,4 +1,4 @@
-"""Fixtures of all tests: two torch threads, one seed, and the development data where it exists."""
+"""Fixtures of all tests: one torch thread, one seed, and the development data where it exists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Tensors in tests are small: a second thread would mostly wait, and the machine may be shared.
+torch.set_num_threads(1)
 
 # Time limits per example only measure how busy the machine is.
 settings.register_profile("bitwright", deadline=None)

@@ -97,12 +97,16 @@ def quantize_model(
     else:
         _first(len(order), lambda raised: float_score - attempt(raised).score <= max_drop)
     good = [trial for trial in trials.values() if holds(trial)]
-    best = max(
-        good or trials.values(),
-        key=lambda t: (-t.bytes, t.score) if good and max_drop is not None else (t.score, -t.bytes),
-    )
+    best = _best(good, max_drop) or max(trials.values(), key=lambda trial: (trial.score, -trial.bytes))
     report = _report(model, best, float_score, batches[0])
     return Result(best.model, best.plan, bool(good), float_score, best.score, best.bytes, report)
+
+
+def _best(good: list[_Trial], max_drop: float | None) -> _Trial | None:
+    """Of the trials that meet the goal: the smallest under a limit on the drop, the one with most 8-bit layers else."""
+    if not good:
+        return None
+    return max(good, key=lambda trial: trial.raised if max_drop is None else -trial.bytes)
 
 
 def _ship(model: nn.Module, plan: Plan, batches: list[Any]) -> nn.Module:

@@ -307,6 +307,15 @@ def test_lsq_outputs_and_gradients_equal_the_published_formula():
     assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
 
 
+def test_lsq_clips_before_it_rounds_so_half_a_step_outside_the_range_counts_as_outside():
+    x = torch.tensor([-4.2, 3.6], requires_grad=True)  # -8.4 and 7.2 steps, which round to codes of the format
+    for i, term in enumerate([-8.0, 7.0]):
+        scale = torch.tensor([0.5], requires_grad=True)
+        dx, ds = torch.autograd.grad(simulate(x, spec("int4"), QParams(scale))[i], (x, scale))
+        assert ds.item() == term
+        assert dx.tolist() == [0, 0]
+
+
 def test_lsq_gradients_equal_torchs_learnable_fake_quantization():
     x = (torch.randn(10_000) * 2).requires_grad_()
     ours_scale = torch.tensor([0.25], requires_grad=True)

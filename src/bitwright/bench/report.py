@@ -60,7 +60,7 @@ class Report:
         return to_markdown(self)
 
 
-COLUMNS = ("model", "score", "drop [95 %]", "bytes", "speed", "shipped = trained", "ONNX Runtime")
+COLUMNS = ("model", "score", "drop [95 %]", "bytes", "speed", "trained = shipped", "same in ONNX Runtime")
 _SPEED = COLUMNS.index("speed")
 
 
@@ -84,7 +84,7 @@ def to_table(report: Report) -> Table:
     table = Table(title=report.title, box=box.SIMPLE_HEAD)
     kept = filled(report)
     for index in kept:
-        table.add_column(COLUMNS[index], justify="left" if index in (0, 5, 6) else "right")
+        table.add_column(COLUMNS[index].replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
     for row in report.rows:
         texts = cells(row, percent=report.percent)
         table.add_row(*(texts[index].partition(" (")[0] if index == _SPEED else texts[index] for index in kept))

@@ -78,7 +78,6 @@ class Writer:
         self.initializers: dict[str, TensorProto] = {}
         self._calls: dict[str, int] = {}
         self._encoded: dict[tuple[object, ...], str] = {}
-        self._weights: dict[str, str] = {}
         self._path = self._scope = ""
 
     def begin(self, path: str) -> None:
@@ -139,12 +138,7 @@ class Writer:
         return self.cast(name, storage(fmt).replace("4", "8"), "weight_codes")
 
     def weight_values(self, layer: LowbitLayer, *, widened: bool) -> str:
-        """The decoded weight, float32 (a linear layer's as ``[in, out]``); all calls of a layer share it."""
-        if self._path not in self._weights:
-            self._weights[self._path] = self._decoded(layer, widened)
-        return self._weights[self._path]
-
-    def _decoded(self, layer: LowbitLayer, widened: bool) -> str:
+        """The decoded weight, float32 (a linear layer's as ``[in, out]``)."""
         spec = layer.weight_spec
         if spec.format.dtype is not None:
             return self.cast(self.weight_codes(layer, widened=False), "FLOAT", "weight_values")

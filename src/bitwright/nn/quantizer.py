@@ -80,7 +80,10 @@ class Quantizer(nn.Module):
         """Take the scale from what was observed, on all ranks alike, and start to simulate."""
         if self.observer is not None:
             self.observer.reduce()
-            self.set_qparams(self.observer.qparams(self.spec))
+            try:
+                self.set_qparams(self.observer.qparams(self.spec))
+            except CalibrationError as cause:
+                raise CalibrationError(f"{self.site}: {cause}") from cause
             self.observer = None
         self.stage = Stage.SIMULATE
 

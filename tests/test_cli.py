@@ -1,0 +1,116 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+USER_CODE = """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(8 * 36, 5),
+        )
+
+    def batches():
+        g = torch.Generator().manual_seed(1)
+        return [torch.randn(16, 3, 8, 8, generator=g) for _ in range(4)]
+
+    def train_batches():
+        model = build().eval()
+        return [(x, model(x).argmax(1)) for x in batches()]
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def accuracy(model):
+        with torch.no_grad():
+            return sum((model(x).argmax(1) == y).float().mean().item() for x, y in train_batches()) / 4
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user")
+    (path / "mymodel.py").write_text(textwrap.dedent(USER_CODE))
+    return path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from bitwright.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def ok(folder: Path, *arguments: str) -> str:
+    done = run(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_whole_line_in_the_shell(folder):
+    data = ("--data", "mymodel:batches")
+    assert "4 of 6 sites" in ok(folder, "plan", "mymodel:build", *data, "--preset", "w4a8", "-o", "plan.toml")
+    ok(folder, "calibrate", "mymodel:build", *data, "--plan", "plan.toml", "-o", "work")
+    trained = ok(
+        folder, "train", "mymodel:build", "work", "--data", "mymodel:train_batches", "--loss", "mymodel:loss",
+        "--score", "mymodel:accuracy", "--steps", "8", "-o", "trained",
+    )  # fmt: skip
+    assert "kept step" in trained
+    assert "int4/channel" in ok(folder, "convert", "mymodel:build", "trained", "-o", "shipped")
+    simulated = ok(folder, "evaluate", "mymodel:build", "trained", "--score", "mymodel:accuracy")
+    assert ok(folder, "evaluate", "mymodel:build", "shipped", "--score", "mymodel:accuracy") == simulated
+    assert "speed" in ok(folder, "bench", "mymodel:build", "shipped", *data, "--rounds", "2")
+    explained = ok(folder, "explain", "plan.toml", "3.weight", "--model", "mymodel:build")
+    assert "int4/channel" in explained
+    assert "taken" in explained
+
+
+def test_export_compares_with_onnx_runtime(folder):
+    pytest.importorskip("onnxruntime")
+    ok(folder, "plan", "mymodel:build", "--data", "mymodel:batches", "-o", "w8a8.toml")
+    ok(folder, "calibrate", "mymodel:build", "--data", "mymodel:batches", "--plan", "w8a8.toml", "-o", "w8")
+    ok(folder, "convert", "mymodel:build", "w8", "-o", "w8-shipped")
+    told = ok(folder, "export", "mymodel:build", "w8-shipped", "--data", "mymodel:batches", "-o", "model.onnx")
+    assert "same answers" in told
+    assert (folder / "model.onnx").stat().st_size > 1000
+
+
+def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder):
+    done = run(
+        folder, "quantize", "mymodel:build", "--data", "mymodel:batches", "--score", "mymodel:accuracy",
+        "--max-bytes", "5", "-o", "best",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "best answer" in done.stdout
+    assert (folder / "best" / "plan.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "mymodel:buil", "--data", "mymodel:batches"), "has no 'buil'"),
+        (("plan", "nomodel:build", "--data", "mymodel:batches"), "cannot import 'nomodel'"),
+        (("plan", "mymodel", "--data", "mymodel:batches"), "package.module:name"),
+        (("plan", "mymodel:build", "--data", "mymodel:batches", "--preset", "w9"), "unknown preset 'w9'"),
+        (("plan", "mymodel:build", "--data", "mymodel:batches", "--set", "foo.*=int8"), "matches none"),
+        (("plan", "mymodel:build", "--data", "mymodel:batches", "--set", "foo"), "PATTERN=SPEC"),
+        (("convert", "mymodel:build", "missing", "-o", "x"), "does not exist"),
+        (("explain", "missing.toml", "a.weight"), "cannot read plan"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(folder, arguments, message):
+    done = run(folder, *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_names_the_kernels(folder):
+    assert "linear/reference" in ok(folder, "doctor")
