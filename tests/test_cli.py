@@ -1,9 +1,10 @@
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+
+from bitwright.cli import main
 
 USER_CODE = """
     import torch
@@ -41,54 +42,69 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "from bitwright.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Run the command line inside this process, in the user's folder: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["bitwright", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
-def ok(folder: Path, *arguments: str) -> str:
-    done = run(folder, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def ok(run):
+    def call(*arguments: str) -> str:
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        return out
+
+    return call
 
 
-def test_the_whole_line_in_the_shell(folder):
+def test_the_whole_line_in_the_shell(ok):
     data = ("--data", "mymodel:batches")
-    assert "4 of 6 sites" in ok(folder, "plan", "mymodel:build", *data, "--preset", "w4a8", "-o", "plan.toml")
-    ok(folder, "calibrate", "mymodel:build", *data, "--plan", "plan.toml", "-o", "work")
+    assert "4 of 6 sites" in ok("plan", "mymodel:build", *data, "--preset", "w4a8", "-o", "plan.toml")
+    ok("calibrate", "mymodel:build", *data, "--plan", "plan.toml", "-o", "work")
     trained = ok(
-        folder, "train", "mymodel:build", "work", "--data", "mymodel:train_batches", "--loss", "mymodel:loss",
+        "train", "mymodel:build", "work", "--data", "mymodel:train_batches", "--loss", "mymodel:loss",
         "--score", "mymodel:accuracy", "--steps", "8", "-o", "trained",
     )  # fmt: skip
     assert "kept step" in trained
-    assert "int4/channel" in ok(folder, "convert", "mymodel:build", "trained", "-o", "shipped")
-    simulated = ok(folder, "evaluate", "mymodel:build", "trained", "--score", "mymodel:accuracy")
-    assert ok(folder, "evaluate", "mymodel:build", "shipped", "--score", "mymodel:accuracy") == simulated
-    assert "speed" in ok(folder, "bench", "mymodel:build", "shipped", *data, "--rounds", "2")
-    explained = ok(folder, "explain", "plan.toml", "3.weight", "--model", "mymodel:build")
+    assert "int4/channel" in ok("convert", "mymodel:build", "trained", "-o", "shipped")
+    simulated = ok("evaluate", "mymodel:build", "trained", "--score", "mymodel:accuracy")
+    assert ok("evaluate", "mymodel:build", "shipped", "--score", "mymodel:accuracy") == simulated
+    assert "speed" in ok("bench", "mymodel:build", "shipped", *data, "--rounds", "2")
+    explained = ok("explain", "plan.toml", "3.weight", "--model", "mymodel:build")
     assert "int4/channel" in explained
     assert "taken" in explained
 
 
-def test_export_compares_with_onnx_runtime(folder):
+def test_export_compares_with_onnx_runtime(folder, ok):
     pytest.importorskip("onnxruntime")
-    ok(folder, "plan", "mymodel:build", "--data", "mymodel:batches", "-o", "w8a8.toml")
-    ok(folder, "calibrate", "mymodel:build", "--data", "mymodel:batches", "--plan", "w8a8.toml", "-o", "w8")
-    ok(folder, "convert", "mymodel:build", "w8", "-o", "w8-shipped")
-    told = ok(folder, "export", "mymodel:build", "w8-shipped", "--data", "mymodel:batches", "-o", "model.onnx")
+    ok("plan", "mymodel:build", "--data", "mymodel:batches", "-o", "w8a8.toml")
+    ok("calibrate", "mymodel:build", "--data", "mymodel:batches", "--plan", "w8a8.toml", "-o", "w8")
+    ok("convert", "mymodel:build", "w8", "-o", "w8-shipped")
+    told = ok("export", "mymodel:build", "w8-shipped", "--data", "mymodel:batches", "-o", "model.onnx")
     assert "same answers" in told
     assert (folder / "model.onnx").stat().st_size > 1000
 
 
-def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder):
-    done = run(
-        folder, "quantize", "mymodel:build", "--data", "mymodel:batches", "--score", "mymodel:accuracy",
+def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder, run):
+    code, out, _ = run(
+        "quantize", "mymodel:build", "--data", "mymodel:batches", "--score", "mymodel:accuracy",
         "--max-bytes", "5", "-o", "best",
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "best answer" in done.stdout
+    assert code == 1
+    assert "best answer" in out
     assert (folder / "best" / "plan.toml").exists()
 
 
@@ -105,12 +121,19 @@ def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder):
         (("explain", "missing.toml", "a.weight"), "cannot read plan"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(folder, arguments, message):
-    done = run(folder, *arguments)
+def test_bad_input_is_one_message_and_exit_code_2(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_real_process_reports_the_exit_code_without_a_traceback(folder):
+    code = "from bitwright.cli import main; main()"
+    command = [sys.executable, "-c", code, "explain", "missing.toml", "a.weight"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
-def test_doctor_names_the_kernels(folder):
-    assert "linear/reference" in ok(folder, "doctor")
+def test_doctor_names_the_kernels(ok):
+    assert "linear/reference" in ok("doctor")

@@ -10,7 +10,9 @@ def test_a_model_is_as_fast_as_itself_and_a_larger_one_slower():
     small, large = nn.Linear(64, 64), nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
     rows = {
         row.name: row
-        for row in measure({"small": small, "large": nn.Sequential(nn.Linear(64, 512), large)}, torch.randn(8, 64), rounds=5)
+        for row in measure(
+            {"small": small, "large": nn.Sequential(nn.Linear(64, 512), large)}, torch.randn(8, 64), rounds=5
+        )
     }
     assert rows["small"].speed.median == 1.0
     assert rows["large"].speed.median < 1.0
