@@ -1,10 +1,12 @@
-// 2-d convolution with 8-bit weights as a matrix product that reads its windows in place. The input becomes an NHWC byte image
-// with its border filled in; channels are padded to 4 per group so that every step of 4 inputs lies inside one pixel. A row of
-// output pixels is then a strip: neighbours are stride_w pixels apart, and the window is a list of runs, one per filter row
-// where its pixels are adjacent (no dilation, one group), else one per tap. No copy of the windows is made.
+// 2-d convolution with 8-bit weights as a matrix product that reads its windows in place. The input becomes
+// an NHWC byte image with its border filled in; channels are padded to 4 per group so that every step of 4
+// inputs lies inside one pixel. A row of output pixels is then a strip: neighbours are stride_w pixels apart,
+// and the window is a list of runs, one per filter row where its pixels are adjacent (no dilation, one
+// group), else one per tap. No copy of the windows is made.
 //
-// Packed weights, dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c padded to 4.
-// Packed weights, depthwise (one channel per group, o == groups): [kh * kw][channels rounded up to 16] signed bytes.
+// Packed weights, dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c
+// padded to 4. Packed weights, depthwise (one channel per group, o == groups): [kh * kw][channels rounded up
+// to 16] signed bytes.
 #include <cstring>
 
 #include "conv_input.h"
@@ -29,16 +31,18 @@ struct Plan {
     int64_t ho, wo;
     int64_t o_per_group, blocks, block_bytes;
     int64_t runs, run_groups;
-    int64_t strips_per_chunk, strip_pixels;
-    bool flat;  // every pixel is a row of the same strip: 1x1 without border
+    bool flat;  // 1x1 without border: strips are pieces of one sequence of pixels
+    int64_t strip_pixels;
 };
 
 void check(const Conv& a) {
     size_product({a.n, a.c, a.h, a.w});
     size_product({a.o, a.c, a.kh, a.kw});
     require(a.c > 0 && a.h > 0 && a.w > 0 && a.o > 0 && a.kh > 0 && a.kw > 0, "empty image or filter");
-    require(a.groups > 0 && a.c % a.groups == 0 && a.o % a.groups == 0, "channels do not divide into the groups");
-    require(a.stride_h > 0 && a.stride_w > 0 && a.dil_h > 0 && a.dil_w > 0, "stride and dilation must be positive");
+    require(a.groups > 0 && a.c % a.groups == 0 && a.o % a.groups == 0,
+            "channels do not divide into the groups");
+    require(a.stride_h > 0 && a.stride_w > 0 && a.dil_h > 0 && a.dil_w > 0,
+            "stride and dilation must be positive");
     require(a.pad_h >= 0 && a.pad_w >= 0, "negative padding");
     for (int64_t value : {a.stride_h, a.stride_w, a.dil_h, a.dil_w, a.pad_h, a.pad_w}) {
         require(value < int64_t{1} << 24, "stride, dilation or padding too large");
@@ -46,7 +50,8 @@ void check(const Conv& a) {
     require(a.threads >= 1, "threads must be positive");
     check_range(a.range);
     check_zero_point(a.zero, a.range, a.c / a.groups * a.kh * a.kw, 128);
-    const bool inside = a.zero >= static_cast<float>(a.range.qmin) && a.zero <= static_cast<float>(a.range.qmax);
+    const bool inside =
+        a.zero >= static_cast<float>(a.range.qmin) && a.zero <= static_cast<float>(a.range.qmax);
     require(inside || (a.pad_h == 0 && a.pad_w == 0), "padding needs a zero point inside the range of codes");
     require(a.x != nullptr || a.n == 0, "null pointer");
     require(a.y != nullptr || a.n == 0, "null pointer");
@@ -59,7 +64,8 @@ Plan make_plan(const Conv& args) {
     Conv& a = p.a;
     p.ho = (a.h + 2 * a.pad_h - a.dil_h * (a.kh - 1) - 1) / a.stride_h + 1;
     p.wo = (a.w + 2 * a.pad_w - a.dil_w * (a.kw - 1) - 1) / a.stride_w + 1;
-    require(a.h + 2 * a.pad_h > a.dil_h * (a.kh - 1) && a.w + 2 * a.pad_w > a.dil_w * (a.kw - 1), "filter larger than image");
+    require(a.h + 2 * a.pad_h > a.dil_h * (a.kh - 1) && a.w + 2 * a.pad_w > a.dil_w * (a.kw - 1),
+            "filter larger than image");
     const bool pointwise = a.kh == 1 && a.kw == 1 && a.pad_h == 0 && a.pad_w == 0;
     if (pointwise) {  // read only the pixels that are used
         a.h = p.ho;
@@ -82,10 +88,10 @@ Plan make_plan(const Conv& args) {
     return p;
 }
 
-// Where the runs (or taps) of a window start, relative to its first pixel.
-void fill_offsets(const Plan& p, int64_t* offsets, bool per_tap) {
+// Where the runs of a window start, relative to its first pixel.
+void fill_offsets(const Plan& p, int64_t* offsets) {
     for (int64_t i = 0; i < p.a.kh; ++i) {
-        for (int64_t j = 0; j < (per_tap ? p.a.kw : 1); ++j) {
+        for (int64_t j = 0; j < p.runs / p.a.kh; ++j) {
             *offsets++ = i * p.a.dil_h * p.image.row_bytes + j * p.a.dil_w * p.image.pixel_bytes;
         }
     }
@@ -101,10 +107,12 @@ struct Buffers {
 void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, float* y, Range rows) {
     const Conv& a = p.a;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const uint8_t* x = b.images + row / p.ho * p.image.image_bytes + row % p.ho * a.stride_h * p.image.row_bytes;
+        const uint8_t* x =
+            b.images + row / p.ho * p.image.image_bytes + row % p.ho * a.stride_h * p.image.row_bytes;
         kernels.depthwise({x, a.stride_w * p.image.pixel_bytes, p.wo, a.kh, a.kw, a.dil_h * p.image.row_bytes,
-                           a.dil_w * p.image.pixel_bytes, reinterpret_cast<const int8_t*>(a.weight), round_up(a.c, kLanes), a.c, a.w_scale, a.w_sum, a.bias,
-                           *b.terms, y + row * p.wo * a.o});
+                           a.dil_w * p.image.pixel_bytes, reinterpret_cast<const int8_t*>(a.weight),
+                           round_up(a.c, kLanes), a.c, a.w_scale, a.w_sum, a.bias, *b.terms,
+                           y + row * p.wo * a.o});
     }
 }
 
@@ -138,10 +146,11 @@ Gemm dense_strip(const Plan& p, const Buffers& b, float* y, int64_t images, int6
     return gemm;
 }
 
-void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer, const Buffers& b, int64_t first, int64_t images,
-               uint8_t* rows_scratch, const int64_t* pixel_offsets) {
+void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer, const Buffers& b,
+               int64_t first, int64_t images, uint8_t* rows_scratch, const int64_t* pixel_offsets) {
     const Conv& a = p.a;
-    const int64_t work = images * p.ho * p.wo * p.o_per_group * (a.c / (p.depthwise ? 1 : a.groups)) * a.kh * a.kw;
+    const double outputs = static_cast<double>(images * p.ho * p.wo * a.o);
+    const double work = outputs * static_cast<double>(a.c / a.groups * a.kh * a.kw);
     const int threads = work <= kSerialWork ? 1 : a.threads;
     parallel_for(threads, [&](int index, int count) {
         uint8_t* row = rows_scratch + index * p.image.row_scratch;
@@ -155,11 +164,12 @@ void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer
         return;
     }
     const int64_t strips = p.flat ? ceil_div(images * p.ho * p.wo, p.strip_pixels) : images * p.ho;
-    const Split split = Split::choose(strips, p.blocks, kernels.tile_blocks, threads);
+    const Work all{strips, p.blocks, p.block_bytes, 8};
+    const bool by_blocks = split_by_blocks(all, kernels, threads, images * p.image.image_bytes / a.groups);
     parallel_for(threads, [&](int index, int count) {
         for (int64_t g = 0; g < a.groups; ++g) {
             const auto strip_at = [&](int64_t i) { return dense_strip(p, b, y, images, g, i); };
-            run_strips(kernels, 8, strips, p.blocks, p.block_bytes, split, strip_at, index, count);
+            run_strips(kernels, all, by_blocks, strip_at, index, count);
         }
     });
 }
@@ -173,7 +183,8 @@ int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw
     return groups * ceil_div(o / groups, kLanes) * kh * kw * ceil_div(c_per_group, 4) * kGroupBytes;
 }
 
-void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups, uint8_t* out) {
+void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
+               uint8_t* out) {
     const int64_t total = conv_layout_bytes(o, c_per_group, kh, kw, groups);
     require(total == 0 || (codes != nullptr && out != nullptr), "null pointer");
     std::memset(out, 0, static_cast<size_t>(total));
@@ -204,19 +215,21 @@ void conv2d(const Conv& args) {
     const int32_t shift = p.a.range.qmin < 0 ? 128 : 0;
     const Quantizer quantizer = make_quantizer(p.a.scale, p.a.zero, p.a.range, shift);
     const int64_t chunk = std::max<int64_t>(1, std::min(p.a.n, kChunkBytes / p.image.image_bytes));
-    const int64_t taps = p.a.kh * p.a.kw;
     const int64_t image_bytes = chunk * p.image.image_bytes + 64;  // depthwise reads 16 channels at a time
     const int64_t rows_bytes = p.a.threads * p.image.row_scratch;
-    Scratch scratch(Scratch::bytes<uint8_t>(image_bytes) + Scratch::bytes<int64_t>(taps) + Scratch::bytes<RowTerms>(1) +
-                    Scratch::bytes<uint8_t>(rows_bytes) + Scratch::bytes<int64_t>(p.image.unit_pixels));
-    Buffers buffers{scratch.take<uint8_t>(image_bytes), scratch.take<int64_t>(taps), scratch.take<RowTerms>(1)};
+    Scratch scratch(Scratch::bytes<uint8_t>(image_bytes) + Scratch::bytes<int64_t>(p.runs) +
+                    Scratch::bytes<RowTerms>(1) + Scratch::bytes<uint8_t>(rows_bytes) +
+                    Scratch::bytes<int64_t>(p.image.unit_pixels));
+    Buffers buffers{scratch.take<uint8_t>(image_bytes), scratch.take<int64_t>(p.runs),
+                    scratch.take<RowTerms>(1)};
     uint8_t* rows_scratch = scratch.take<uint8_t>(rows_bytes);
     int64_t* pixel_offsets = scratch.take<int64_t>(p.image.unit_pixels);
-    fill_offsets(p, buffers.offsets, p.depthwise || p.runs != p.a.kh);
+    fill_offsets(p, buffers.offsets);
     p.image.fill_offsets(pixel_offsets);
     *buffers.terms = {quantizer.scale, quantizer.offset, 0};
     for (int64_t first = 0; first < p.a.n; first += chunk) {
-        run_chunk(p, kernels, quantizer, buffers, first, std::min(chunk, p.a.n - first), rows_scratch, pixel_offsets);
+        run_chunk(p, kernels, quantizer, buffers, first, std::min(chunk, p.a.n - first), rows_scratch,
+                  pixel_offsets);
     }
 }
 

@@ -1,7 +1,7 @@
-// Quantizes images to NHWC bytes from either memory format. Adjacent channels are one long run per row (per pixel where the
-// rows have gaps). Adjacent columns go up to 16 channels at a time, 16 pixels per vector: small planes as one sequence of pixels in
-// pieces that keep the destination in the L1 cache, large ones row by row. Any sizes and strides are allowed; strides where
-// neither is adjacent are only slower.
+// Quantizes images to NHWC bytes from either memory format. Adjacent channels are one long run per row (per
+// pixel where the rows have gaps). Adjacent columns go up to 16 channels at a time, 16 pixels per vector:
+// small planes as one sequence of pixels in pieces that keep the destination in the L1 cache, large ones row
+// by row. Any sizes and strides are allowed; strides where neither is adjacent are only slower.
 #include "conv_input.h"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ Image Image::of(const Conv& a, int64_t groups) {
     const bool dense = a.x_stride[2] == a.w * a.x_stride[3];
     image.flat_planes = !image.channels_adjacent && dense && a.h * a.w <= kFlatPixels;
     image.unit_pixels = image.flat_planes ? a.h * a.w : a.w;
-    image.row_scratch = image.channels_adjacent && image.group_bytes != image.channels ? round_up(a.w * a.c, 64) : 0;
+    image.row_scratch =
+        image.channels_adjacent && image.group_bytes != image.channels ? round_up(a.w * a.c, 64) : 0;
     image.width_ = a.w;
     return image;
 }
@@ -53,14 +54,15 @@ void Image::borders(const Conv& a, uint8_t fill, uint8_t* image, int64_t row_beg
     }
 }
 
-void Image::channels_last_row(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x, uint8_t* out,
-                              uint8_t* scratch) const {
+void Image::channels_last_row(const Conv& a, const Kernels& kernels, const Quantizer& quantizer,
+                              const float* x, uint8_t* out, uint8_t* scratch) const {
     const bool packed = group_bytes == channels;
     uint8_t* bytes = packed ? out : scratch;
     if (a.x_stride[3] == a.c) {
         kernels.quantize(x, a.w * a.c, quantizer, bytes);
     } else {
-        for (int64_t i = 0; i < a.w; ++i) kernels.quantize(x + i * a.x_stride[3], a.c, quantizer, bytes + i * a.c);
+        for (int64_t i = 0; i < a.w; ++i)
+            kernels.quantize(x + i * a.x_stride[3], a.c, quantizer, bytes + i * a.c);
     }
     if (packed) return;
     for (int64_t i = 0; i < a.w * groups; ++i) {
@@ -69,20 +71,22 @@ void Image::channels_last_row(const Conv& a, const Kernels& kernels, const Quant
     }
 }
 
-void Image::planes(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x, int64_t pixel_stride,
-                   int64_t pixels, uint8_t* out, const int64_t* offsets) const {
+void Image::planes(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x,
+                   int64_t pixel_stride, int64_t pixels, uint8_t* out, const int64_t* offsets) const {
     const int64_t step = a.x_stride[1];
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t c = 0; c < channels; c += kLanes) {
-            const Planes planes{x + (g * channels + c) * step, step,   pixel_stride, std::min(kLanes, channels - c),
-                                pixels,                        offsets, out + g * group_bytes + c};
+            const Planes planes{x + (g * channels + c) * step,  step,   pixel_stride,
+                                std::min(kLanes, channels - c), pixels, offsets,
+                                out + g * group_bytes + c};
             kernels.quantize_planes(planes, quantizer);
         }
     }
 }
 
-void Image::quantize(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first, int64_t images,
-                     uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets, int index, int count) const {
+void Image::quantize(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first,
+                     int64_t images, uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets,
+                     int index, int count) const {
     const uint8_t fill = static_cast<uint8_t>(quantizer.offset);
     const int64_t border = a.pad_h * row_bytes + a.pad_w * pixel_bytes;
     const int64_t padded = a.h + 2 * a.pad_h;

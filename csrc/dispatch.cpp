@@ -1,5 +1,6 @@
-// Chooses the table of kernels for the instruction set the caller names. What the machine has is asked of the CPU (and, through
-// the compiler's helper, of the operating system, which must save the wide registers); what this build has is BITWRIGHT_X86.
+// Chooses the table of kernels for the instruction set the caller names. What the machine has is asked of the
+// CPU (and, through the compiler's helper, of the operating system, which must save the wide registers); what
+// this build has is BITWRIGHT_X86.
 #include "dispatch.h"
 
 #include <stdexcept>
@@ -11,8 +12,8 @@ namespace bitwright {
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 
 bool has_avx512_vnni() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 #else
 bool has_avx2() { return false; }
@@ -25,7 +26,8 @@ const Kernels& kernels(int isa) {
     if (isa == static_cast<int>(Isa::kAvx2) && has_avx2()) return *avx2_kernels();
     if (isa == static_cast<int>(Isa::kAvx512Vnni) && has_avx512_vnni()) return *avx512_kernels();
 #endif
-    throw std::invalid_argument("instruction set " + std::to_string(isa) + " is not available on this machine");
+    throw std::invalid_argument("instruction set " + std::to_string(isa) +
+                                " is not available on this machine");
 }
 
 }  // namespace bitwright

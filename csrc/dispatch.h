@@ -1,22 +1,24 @@
-// What the drivers (linear.cpp, conv.cpp, elementwise.cpp) and the three instruction sets share: plain structs and one table
-// of function pointers per instruction set. No templates and no inline functions here: a header that is compiled with
-// different -m flags must not emit shared code, or the linker could keep the AVX-512 copy for every machine.
+// What the drivers (linear.cpp, conv.cpp, elementwise.cpp) and the three instruction sets share: plain
+// structs and one table of function pointers per instruction set. No templates and no inline functions here:
+// a header that is compiled with different -m flags must not emit shared code, or the linker could keep the
+// AVX-512 copy for every machine.
 //
 // Packed weights (the same bytes for every instruction set)
-//   A block is 16 consecutive output rows. Inside a block k advances in steps of 4: one step is 16 rows x 4 consecutive k,
-//   row-major, so 64 bytes hold the codes of lane r at bytes 4r..4r+3. Blocks follow each other, each `block_bytes` long.
+//   A block is 16 consecutive output rows. Inside a block k advances in steps of 4: one step is 16 rows x 4
+//   consecutive k, row-major, so 64 bytes hold the codes of lane r at bytes 4r..4r+3. Blocks follow each
+//   other, each `block_bytes` long.
 //     8 bit: 64 bytes = one step; signed codes w.
-//     4 bit: 64 bytes = two steps; unsigned w + 8, the low nibble is the even step, the high nibble the odd one.
-//     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
-//   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the padding holds the
-//   code 0. Convolutions: see conv.cpp.
+//     4 bit: 64 bytes = two steps; unsigned w + 8, the low nibble is the even step, the high nibble the odd
+//     one. 2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
+//   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
+//   padding holds the code 0. Convolutions: see conv.cpp.
 //
 // Quantized activations are bytes
-//   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no row sums, and
-//   padding weights (0) make any padding activation harmless.
-//   4 and 2 bit weights: code - (qmax > 127 ? 128 : 0), signed, padded with 0; here the weights are the unsigned side, which
-//   saves their sign extension, and the row term carries 8 (or 2) times the sum of the row.
-//   Either way   sum_k (code - z) * w  =  dot - constant - zero * w_sum   modulo 2^32, with the terms of `RowTerms`.
+//   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no
+//   row sums, and padding weights (0) make any padding activation harmless. 4 and 2 bit weights: code - (qmax
+//   > 127 ? 128 : 0), signed, padded with 0; here the weights are the unsigned side, which saves their sign
+//   extension, and the row term carries 8 (or 2) times the sum of the row. Either way   sum_k (code - z) * w
+//   =  dot - constant - zero * w_sum   modulo 2^32, with the terms of `RowTerms`.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +28,9 @@ namespace bitwright {
 constexpr int64_t kLanes = 16;       // output rows of a block, lanes of every logical vector
 constexpr int64_t kGroupBytes = 64;  // one load of weights
 
-// byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This equals the
-// definition clamp(rint(x / scale) + z, qmin, qmax): rounding is monotone and the bounds are integers.
+// byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This
+// equals the definition clamp(rint(x / scale) + z, qmin, qmax): rounding is monotone and the bounds are
+// integers.
 struct Quantizer {
     float scale;
     float low;
@@ -42,8 +45,9 @@ struct RowTerms {
     int32_t constant;
 };
 
-// A strip: `rows` rows of activations at a constant distance, times blocks of packed weights. The k axis may be cut into
-// `runs` of equal length whose positions relative to the row are listed (a convolution reads its window in place).
+// A strip: `rows` rows of activations at a constant distance, times blocks of packed weights. The k axis may
+// be cut into `runs` of equal length whose positions relative to the row are listed (a convolution reads its
+// window in place).
 struct Gemm {
     const uint8_t* x;
     int64_t x_stride;
@@ -63,8 +67,8 @@ struct Gemm {
     int64_t y_stride;
 };
 
-// Up to 16 channels of an image, read at `channel_stride` and written as interleaved bytes per pixel, in whole words of 4
-// channels.
+// Up to 16 channels of an image, read at `channel_stride` and written as interleaved bytes per pixel, in
+// whole words of 4 channels.
 struct Planes {
     const float* source;
     int64_t channel_stride;
@@ -101,7 +105,8 @@ struct Kernels {
     // For 8, 4 and 2 bit weights: blocks [begin, end); those up to next_end will be asked for next.
     void (*gemm[3])(const Gemm& gemm, int64_t begin, int64_t end, int64_t next_end);
     void (*depthwise)(const Depthwise& job);
-    void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out);
+    void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
+                float* out);
     int64_t tile_rows;  // what the matrix kernel takes at once
     int64_t tile_blocks;
 };

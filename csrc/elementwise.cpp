@@ -1,5 +1,5 @@
-// The quantizer shared by all operations, its checks, and the quantized sum of two tensors of the same memory layout:
-// out = (code(a) - za) * sa + (code(b) - zb) * sb in float32. Any length.
+// The quantizer shared by all operations, its checks, and the quantized sum of two tensors of the same memory
+// layout: out = (code(a) - za) * sa + (code(b) - zb) * sb in float32. Any length.
 #include <cmath>
 
 #include "ops.h"
@@ -24,13 +24,15 @@ void check_zero_point(float zero, const Range8& range, int64_t depth, int64_t we
     require(std::fabs(zero) <= 65536.0f && zero == std::rint(zero), "zero points must be small integers");
     const double low = std::fabs(static_cast<double>(range.qmin) - zero);
     const double high = std::fabs(static_cast<double>(range.qmax) - zero);
-    const double bound = std::fmax(low, high) * static_cast<double>(weight_limit) * static_cast<double>(depth);
+    const double bound =
+        std::fmax(low, high) * static_cast<double>(weight_limit) * static_cast<double>(depth);
     require(bound <= 2147483647.0, "too many inputs per output: the sum could exceed 32 bits");
 }
 
 Quantizer make_quantizer(float scale, float zero, const Range8& range, int32_t shift) {
     const int64_t z = static_cast<int64_t>(zero);
-    return {scale, static_cast<float>(range.qmin - z), static_cast<float>(range.qmax - z), static_cast<int32_t>(z) + shift};
+    return {scale, static_cast<float>(range.qmin - z), static_cast<float>(range.qmax - z),
+            static_cast<int32_t>(z) + shift};
 }
 
 void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, int threads) {

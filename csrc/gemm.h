@@ -1,7 +1,8 @@
-// The matrix kernel, a template over an instruction set and the width of the weights. A tile is ROWS activation rows times
-// BLOCKS weight blocks kept in registers over the whole k axis; each weight load serves all rows of the tile and each
-// broadcast of 4 activation bytes serves all blocks. Layouts: dispatch.h. Any number of rows and of output columns is allowed;
-// activations must be readable up to the end of their last group.
+// The matrix kernel, a template over an instruction set and the width of the weights. A tile is ROWS
+// activation rows times BLOCKS weight blocks kept in registers over the whole k axis; each weight load serves
+// all rows of the tile and each broadcast of 4 activation bytes serves all blocks. Layouts: dispatch.h. Any
+// number of rows and of output columns is allowed; activations must be readable up to the end of their last
+// group.
 #pragma once
 
 #include "dispatch.h"
@@ -16,7 +17,8 @@ struct RowVectors {
     typename S::F scale;
 };
 
-// Column constants of one block. Loads of a block that is cut by the end of the matrix go through a padded copy.
+// Column constants of one block. Loads of a block that is cut by the end of the matrix go through a padded
+// copy.
 template <class S>
 struct Columns {
     typename S::F scale;
@@ -24,7 +26,8 @@ struct Columns {
     typename S::I sum;
     int64_t count;
 
-    BW_INLINE Columns(const float* w_scale, const int32_t* w_sum, const float* w_bias, int64_t first, int64_t columns) {
+    BW_INLINE Columns(const float* w_scale, const int32_t* w_sum, const float* w_bias, int64_t first,
+                      int64_t columns) {
         count = columns - first < kLanes ? columns - first : kLanes;
         if (count == kLanes) {
             scale = S::load(w_scale + first);
@@ -64,22 +67,25 @@ struct Columns {
     }
 };
 
-// Addresses of the rows of a tile: every third row has a pointer, the two after it are reached by the addressing modes
-// [p + stride] and [p + 2 * stride]. One pointer per row would not fit the general registers.
+// Addresses of the rows of a tile: every third row has a pointer, the two after it are reached by the
+// addressing modes [p + stride] and [p + 2 * stride]. One pointer per row would not fit the general
+// registers.
 template <int ROWS>
 struct RowPointers {
     static constexpr int kPointers = (ROWS + 2) / 3;
     const uint8_t* pointer[kPointers];
 
     BW_INLINE RowPointers(const uint8_t* x, int64_t stride) {
-        BW_UNROLL for (int i = 0; i < kPointers; ++i) {
+        BW_UNROLL
+        for (int i = 0; i < kPointers; ++i) {
             pointer[i] = x + 3 * i * stride;
             BW_OPAQUE(pointer[i]);  // or the compiler turns them back into one base and many offsets
         }
     }
     BW_INLINE const uint8_t* row(int r, int64_t stride) const { return pointer[r / 3] + r % 3 * stride; }
     BW_INLINE void advance(int64_t bytes) {
-        BW_UNROLL for (int i = 0; i < kPointers; ++i) pointer[i] += bytes;
+        BW_UNROLL
+        for (int i = 0; i < kPointers; ++i) pointer[i] += bytes;
     }
 };
 
@@ -88,10 +94,13 @@ template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
 BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const RowPointers<ROWS>& x, int64_t stride,
                     typename S::I (&acc)[BLOCKS][ROWS]) {
     decltype(S::template unpack<BITS, STEP>(raw[0])) w[BLOCKS];
-    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) w[b] = S::template unpack<BITS, STEP>(raw[b]);
-    BW_UNROLL for (int r = 0; r < ROWS; ++r) {
+    BW_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) w[b] = S::template unpack<BITS, STEP>(raw[b]);
+    BW_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
         const auto four = S::template broadcast<BITS>(x.row(r, stride) + 4 * STEP);
-        BW_UNROLL for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<BITS>(acc[b][r], w[b], four);
+        BW_UNROLL
+        for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<BITS>(acc[b][r], w[b], four);
     }
     if constexpr (STEP + 1 < 8 / BITS) step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
 }
@@ -106,8 +115,10 @@ template <class S, int BITS, int ROWS, int BLOCKS>
 void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     constexpr int64_t kInputs = 4 * (8 / BITS);
     typename S::I acc[BLOCKS][ROWS];
-    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
-        BW_UNROLL for (int r = 0; r < ROWS; ++r) acc[b][r] = S::set_int(0);
+    BW_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) {
+        BW_UNROLL
+        for (int r = 0; r < ROWS; ++r) acc[b][r] = S::set_int(0);
     }
     const int64_t stride = g.x_stride;
     const int64_t block_bytes = g.block_bytes;
@@ -116,7 +127,8 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
         RowPointers<ROWS> x(g.x + row * stride + g.run_offsets[run], stride);
         for (int64_t left = g.run_groups; left > 0; --left) {
             typename S::Raw raw[BLOCKS];
-            BW_UNROLL for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
+            BW_UNROLL
+            for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
             step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
             BW_PREFETCH(ahead.at);
             ahead.at += ahead.step;
@@ -124,11 +136,13 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
             w += kGroupBytes;
         }
     }
-    BW_UNROLL for (int b = 0; b < BLOCKS; ++b) {
+    BW_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) {
         const int64_t first = (block + b) * kLanes;
         const Columns<S> columns(g.w_scale, g.w_sum, g.bias, first, g.columns);
         RowVectors<S> vectors = columns.meet(g.terms[row * g.terms_stride]);
-        BW_UNROLL for (int r = 0; r < ROWS; ++r) {
+        BW_UNROLL
+        for (int r = 0; r < ROWS; ++r) {
             if (r > 0 && g.terms_stride != 0) vectors = columns.meet(g.terms[row + r]);
             columns.finish(acc[b][r], vectors, g.bias != nullptr, g.y + (row + r) * g.y_stride + first);
         }
@@ -145,8 +159,9 @@ BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block, 
     }
 }
 
-// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not 12 + 2. The
-// blocks up to `next_end` come next: each tile requests its part of them, so that memory works while the tiles compute.
+// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7,
+// not 12 + 2. The blocks up to `next_end` come next: each tile requests its part of them, so that memory
+// works while the tiles compute.
 template <class S, int BITS>
 void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
     const Ahead nothing{g.w, 0};
@@ -156,7 +171,8 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
         const int64_t row = g.rows * t / tiles;
         const int64_t rows = g.rows * (t + 1) / tiles - row;
         int64_t block = begin;
-        if (rows <= S::kNarrowRows) {  // few accumulators per block: take more blocks to hide the latency of the sums
+        // Few rows have few accumulators: more blocks at a time hide the latency of the sums.
+        if (rows <= S::kNarrowRows) {
             for (; block + S::kNarrowBlocks <= end; block += S::kNarrowBlocks) {
                 tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block, nothing);
             }
@@ -165,7 +181,8 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
             const int64_t next = block + (end - begin);
             Ahead ahead = nothing;
             if (next + S::kTileBlocks <= next_end) {
-                ahead = {g.w + next * g.block_bytes + tile_bytes * t / tiles, S::kTileBlocks * kGroupBytes / tiles};
+                ahead = {g.w + next * g.block_bytes + tile_bytes * t / tiles,
+                         S::kTileBlocks * kGroupBytes / tiles};
             }
             tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block, ahead);
         }
@@ -173,27 +190,31 @@ void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
     }
 }
 
-// Depthwise: 16 channels are the lanes. Several pixels share each load of the weights. Not inlined: GCC would hoist the zeros
-// out of the caller's loop and then copy every accumulator in every round.
+// Depthwise: 16 channels are the lanes. Several pixels share each load of the weights. Not inlined, with the
+// taps in two loops: otherwise GCC 12 keeps the first zeros alive and copies every accumulator in every
+// round.
 template <class S, int PIXELS>
-BW_NOINLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel, const Columns<S>& columns,
-                                  const RowVectors<S>& vectors) {
+BW_NOINLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel,
+                                  const Columns<S>& columns, const RowVectors<S>& vectors) {
     typename S::I acc[PIXELS];
-    BW_UNROLL for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
+    BW_UNROLL
+    for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
     const int64_t stride = d.x_stride;
     const int8_t* w = d.w + channel;
     for (int64_t i = 0; i < d.kh; ++i) {
         const uint8_t* x = d.x + pixel * stride + channel + i * d.row_step;
         for (int64_t left = d.kw; left > 0; --left) {
             const typename S::I weight = S::load_s8(w);
-            BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
+            BW_UNROLL
+            for (int p = 0; p < PIXELS; ++p) {
                 acc[p] = S::mul_add(acc[p], S::load_u8(x + p * stride), weight);
             }
             x += d.column_step;
             w += d.w_stride;
         }
     }
-    BW_UNROLL for (int p = 0; p < PIXELS; ++p) {
+    BW_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
         columns.finish(acc[p], vectors, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);
     }
 }

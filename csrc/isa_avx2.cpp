@@ -1,6 +1,7 @@
-// AVX2: a logical vector is a pair of ymm registers. vpmaddubsw saturates its 16-bit sums for 8-bit weights, so those are split
-// into even and odd bytes of 16 bits each and multiplied with vpmaddwd, which is exact; 4- and 2-bit weights stay below the
-// limit (2 * 15 * 128 = 3840). Tiles of 4 rows x 1 block: 8 accumulators. Layouts in dispatch.h; unaligned access throughout.
+// AVX2: a logical vector is a pair of ymm registers. vpmaddubsw saturates its 16-bit sums for 8-bit weights,
+// so those are split into even and odd bytes of 16 bits each and multiplied with vpmaddwd, which is exact; 4-
+// and 2-bit weights stay below the limit (2 * 15 * 128 = 3840). Tiles of 4 rows x 1 block: 8 accumulators.
+// Layouts in dispatch.h; unaligned access throughout.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -28,7 +29,9 @@ struct Avx2 {
     static constexpr int kNarrowBlocks = 2;
     static constexpr int kPixels = 4;
 
-    static BW_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static BW_INLINE __m256i load_half(const void* p) {
+        return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    }
 
     static BW_INLINE F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
     static BW_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -57,18 +60,26 @@ struct Avx2 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.lo);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.hi);
     }
-    static BW_INLINE I add_int(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-    static BW_INLINE I sub_int(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-    static BW_INLINE I mul_int(I a, I b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
+    static BW_INLINE I add_int(I a, I b) {
+        return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+    }
+    static BW_INLINE I sub_int(I a, I b) {
+        return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+    }
+    static BW_INLINE I mul_int(I a, I b) {
+        return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+    }
     static BW_INLINE I shift_byte(I a) { return {_mm256_slli_epi32(a.lo, 8), _mm256_slli_epi32(a.hi, 8)}; }
     static BW_INLINE void store_bytes(uint8_t* p, I v) {
         const __m256i mask = _mm256_set1_epi32(255);
         const __m256i words = _mm256_packus_epi32(_mm256_and_si256(v.lo, mask), _mm256_and_si256(v.hi, mask));
         const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);  // packing works per 128-bit lane
-        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+        const __m128i bytes =
+            _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     }
-    // Words of 4 channels to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit lanes, see pixel_at.
+    // Words of 4 channels to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit lanes, see
+    // pixel_at.
     static BW_INLINE void store_half(uint8_t* p, __m256i a, __m256i b, __m256i c, __m256i d) {
         const __m256i ab_lo = _mm256_unpacklo_epi32(a, b), ab_hi = _mm256_unpackhi_epi32(a, b);
         const __m256i cd_lo = _mm256_unpacklo_epi32(c, d), cd_hi = _mm256_unpackhi_epi32(c, d);
@@ -83,8 +94,12 @@ struct Avx2 {
     }
     static BW_INLINE int64_t pixel_at(int64_t pixel) { return pixel % 4 * 4 + pixel / 4; }
     static BW_INLINE __m128i eight(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-    static BW_INLINE I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(eight(p)), _mm256_cvtepu8_epi32(eight(p + 8))}; }
-    static BW_INLINE I load_s8(const int8_t* p) { return {_mm256_cvtepi8_epi32(eight(p)), _mm256_cvtepi8_epi32(eight(p + 8))}; }
+    static BW_INLINE I load_u8(const uint8_t* p) {
+        return {_mm256_cvtepu8_epi32(eight(p)), _mm256_cvtepu8_epi32(eight(p + 8))};
+    }
+    static BW_INLINE I load_s8(const int8_t* p) {
+        return {_mm256_cvtepi8_epi32(eight(p)), _mm256_cvtepi8_epi32(eight(p + 8))};
+    }
     // The upper half of each x lane is 0, so the 16-bit pair product is x * w.
     static BW_INLINE I mul_add(I acc, I x, I w) {
         return add_int(acc, {_mm256_madd_epi16(x.lo, w.lo), _mm256_madd_epi16(x.hi, w.hi)});

@@ -1,6 +1,7 @@
-// AVX-512 with VNNI: a logical vector is one zmm register, vpdpbusd multiplies unsigned by signed bytes and adds four products
-// to a 32-bit lane without saturation. Tiles of 12 rows x 2 blocks: 24 accumulators, two weights and the broadcasts fill the 32
-// registers. Needs avx512f, bw, vl and vnni. Reads and writes are unaligned; layouts in dispatch.h.
+// AVX-512 with VNNI: a logical vector is one zmm register, vpdpbusd multiplies unsigned by signed bytes and
+// adds four products to a 32-bit lane without saturation. Tiles of 12 rows x 2 blocks: 24 accumulators, two
+// weights and the broadcasts fill the 32 registers. Needs avx512f, bw, vl and vnni. Reads and writes are
+// unaligned; layouts in dispatch.h.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -27,7 +28,9 @@ struct Avx512 {
     static BW_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     static BW_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     static BW_INLINE F abs(F a) { return _mm512_abs_ps(a); }
-    static BW_INLINE I round(F a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static BW_INLINE I round(F a) {
+        return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
     static BW_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 
     static BW_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
@@ -40,8 +43,8 @@ struct Avx512 {
     static BW_INLINE void store_bytes(uint8_t* p, I v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
     }
-    // Words of 4 channels (16 pixels each) to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit lanes, so the
-    // pixels come out in the order of pixel_at.
+    // Words of 4 channels (16 pixels each) to 16 bytes per pixel; the 4 x 4 transposes stay inside 128-bit
+    // lanes, so the pixels come out in the order of pixel_at.
     static BW_INLINE void store_pixels(uint8_t* p, I a, I b, I c, I d) {
         const I ab_lo = _mm512_unpacklo_epi32(a, b), ab_hi = _mm512_unpackhi_epi32(a, b);
         const I cd_lo = _mm512_unpacklo_epi32(c, d), cd_hi = _mm512_unpackhi_epi32(c, d);

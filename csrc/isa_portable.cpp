@@ -1,5 +1,6 @@
-// Plain C++ for every other machine, and the yardstick for the vector files: a logical vector is an array of 16. The loops are
-// short and simple so that a compiler can vectorize them for its baseline. Layouts in dispatch.h.
+// Plain C++ for every other machine, and the yardstick for the vector files: a logical vector is an array
+// of 16. The loops are short and simple so that a compiler can vectorize them for its baseline. Layouts in
+// dispatch.h.
 #include <cfloat>
 
 #include "kernels.h"
@@ -17,13 +18,13 @@ struct Portable {
         int32_t v[kLanes];
     };
     struct Raw {
-        uint8_t v[kGroupBytes];
+        uint32_t v[kLanes];
     };
     struct Bytes {  // unpacked weights, 4 consecutive k per lane
-        int16_t v[4][kLanes];
+        int32_t v[4][kLanes];
     };
     struct Four {
-        int16_t v[4];
+        int32_t v[4];
     };
     static constexpr int kTileRows = 4;
     static constexpr int kTileBlocks = 1;
@@ -38,28 +39,51 @@ struct Portable {
         return out;
     }
 
-    static BW_INLINE F set(float v) { return each<F>([=](int) { return v; }); }
-    static BW_INLINE F load(const float* p) { return each<F>([=](int i) { return p[i]; }); }
+    static BW_INLINE F set(float v) {
+        return each<F>([=](int) { return v; });
+    }
+    static BW_INLINE F load(const float* p) {
+        return each<F>([=](int i) { return p[i]; });
+    }
     static BW_INLINE void store(float* p, const F& v) { std::memcpy(p, v.v, sizeof v.v); }
-    static BW_INLINE F add(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
-    static BW_INLINE F mul(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }
-    static BW_INLINE F div(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+    static BW_INLINE F add(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] + b.v[i]; });
+    }
+    static BW_INLINE F mul(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] * b.v[i]; });
+    }
+    static BW_INLINE F div(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] / b.v[i]; });
+    }
     // The second operand wins against NaN, as in the vector instructions.
-    static BW_INLINE F min(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-    static BW_INLINE F max(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-    static BW_INLINE F abs(const F& a) { return each<F>([&](int i) { return a.v[i] < 0.0f ? -a.v[i] : a.v[i]; }); }
-    // Adding 1.5 * 2^23 leaves no fraction bits: the sum rounds half to even. Callers have clamped to small numbers.
+    static BW_INLINE F min(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+    }
+    static BW_INLINE F max(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    }
+    static BW_INLINE F abs(const F& a) {
+        return each<F>([&](int i) { return a.v[i] < 0.0f ? -a.v[i] : a.v[i]; });
+    }
+    // Adding 1.5 * 2^23 leaves no fraction bits: the sum rounds half to even. Callers have clamped to small
+    // numbers.
     static BW_INLINE I round(const F& a) {
         constexpr float kMagic = 12582912.0f;
         return each<I>([&](int i) { return static_cast<int32_t>((a.v[i] + kMagic) - kMagic); });
     }
-    static BW_INLINE F to_float(const I& a) { return each<F>([&](int i) { return static_cast<float>(a.v[i]); }); }
+    static BW_INLINE F to_float(const I& a) {
+        return each<F>([&](int i) { return static_cast<float>(a.v[i]); });
+    }
 
     // 32-bit arithmetic wraps in the vector files; unsigned numbers say the same without undefined behaviour.
     static BW_INLINE int32_t wrap(uint32_t v) { return static_cast<int32_t>(v); }
     static BW_INLINE uint32_t bits(int32_t v) { return static_cast<uint32_t>(v); }
-    static BW_INLINE I set_int(int32_t v) { return each<I>([=](int) { return v; }); }
-    static BW_INLINE I load_int(const int32_t* p) { return each<I>([=](int i) { return p[i]; }); }
+    static BW_INLINE I set_int(int32_t v) {
+        return each<I>([=](int) { return v; });
+    }
+    static BW_INLINE I load_int(const int32_t* p) {
+        return each<I>([=](int i) { return p[i]; });
+    }
     static BW_INLINE void store_int(int32_t* p, const I& v) { std::memcpy(p, v.v, sizeof v.v); }
     static BW_INLINE I add_int(const I& a, const I& b) {
         return each<I>([&](int i) { return wrap(bits(a.v[i]) + bits(b.v[i])); });
@@ -70,7 +94,9 @@ struct Portable {
     static BW_INLINE I mul_int(const I& a, const I& b) {
         return each<I>([&](int i) { return wrap(bits(a.v[i]) * bits(b.v[i])); });
     }
-    static BW_INLINE I shift_byte(const I& a) { return each<I>([&](int i) { return wrap(bits(a.v[i]) << 8); }); }
+    static BW_INLINE I shift_byte(const I& a) {
+        return each<I>([&](int i) { return wrap(bits(a.v[i]) << 8); });
+    }
     static BW_INLINE void store_bytes(uint8_t* p, const I& v) {
         for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v.v[i]);
     }
@@ -82,8 +108,12 @@ struct Portable {
         }
     }
     static BW_INLINE int64_t pixel_at(int64_t pixel) { return pixel; }
-    static BW_INLINE I load_u8(const uint8_t* p) { return each<I>([=](int i) { return p[i]; }); }
-    static BW_INLINE I load_s8(const int8_t* p) { return each<I>([=](int i) { return p[i]; }); }
+    static BW_INLINE I load_u8(const uint8_t* p) {
+        return each<I>([=](int i) { return p[i]; });
+    }
+    static BW_INLINE I load_s8(const int8_t* p) {
+        return each<I>([=](int i) { return p[i]; });
+    }
     static BW_INLINE I mul_add(const I& acc, const I& x, const I& w) { return add_int(acc, mul_int(x, w)); }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) {
@@ -91,16 +121,16 @@ struct Portable {
         std::memcpy(raw.v, p, sizeof raw.v);
         return raw;
     }
+    // A lane's four bytes are one word; shifting it by whole fields keeps the loop free of byte shuffles.
     template <int BITS, int STEP>
     static BW_INLINE Bytes unpack(const Raw& raw) {
         Bytes out;
-        for (int i = 0; i < kLanes; ++i) {
-            for (int t = 0; t < 4; ++t) {
-                const uint8_t byte = raw.v[4 * i + t];
+        for (int t = 0; t < 4; ++t) {
+            for (int i = 0; i < kLanes; ++i) {
                 if constexpr (BITS == 8) {
-                    out.v[t][i] = static_cast<int8_t>(byte);
+                    out.v[t][i] = wrap(raw.v[i] << (24 - 8 * t)) >> 24;
                 } else {
-                    out.v[t][i] = static_cast<int16_t>((byte >> (STEP * BITS)) & ((1 << BITS) - 1));
+                    out.v[t][i] = wrap((raw.v[i] >> (8 * t + STEP * BITS)) & ((1u << BITS) - 1));
                 }
             }
         }
@@ -109,13 +139,15 @@ struct Portable {
     template <int BITS>
     static BW_INLINE Four broadcast(const uint8_t* p) {
         Four out;
-        for (int t = 0; t < 4; ++t) out.v[t] = BITS == 8 ? static_cast<int16_t>(p[t]) : static_cast<int8_t>(p[t]);
+        for (int t = 0; t < 4; ++t)
+            out.v[t] = BITS == 8 ? static_cast<int32_t>(p[t]) : static_cast<int8_t>(p[t]);
         return out;
     }
     template <int BITS>
     static BW_INLINE I dot(const I& acc, const Bytes& w, const Four& x) {
         return each<I>([&](int i) {
-            const int32_t sum = x.v[0] * w.v[0][i] + x.v[1] * w.v[1][i] + x.v[2] * w.v[2][i] + x.v[3] * w.v[3][i];
+            const int32_t sum =
+                x.v[0] * w.v[0][i] + x.v[1] * w.v[1][i] + x.v[2] * w.v[2][i] + x.v[3] * w.v[3][i];
             return wrap(bits(acc.v[i]) + bits(sum));
         });
     }

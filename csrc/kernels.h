@@ -1,4 +1,5 @@
-// Builds the table of one instruction set from the templates. Included once by each isa_*.cpp, after its struct of primitives.
+// Builds the table of one instruction set from the templates. Included once by each isa_*.cpp, after its
+// struct of primitives.
 #pragma once
 
 #include "dispatch.h"
@@ -10,14 +11,10 @@ namespace bitwright {
 template <class S>
 const Kernels* table() {
     static const Kernels kernels = {
-        absmax_run<S>,
-        quantize_run<S>,
-        quantize_planes<S>,
-        {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
-        depthwise_row<S>,
-        add_run<S>,
-        S::kTileRows,
-        S::kTileBlocks,
+        absmax_run<S>,      quantize_run<S>,
+        quantize_planes<S>, {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
+        depthwise_row<S>,   add_run<S>,
+        S::kTileRows,       S::kTileBlocks,
     };
     return &kernels;
 }

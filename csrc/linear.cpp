@@ -1,6 +1,6 @@
-// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights: packs the weights, quantizes the rows of x to bytes and runs the matrix
-// kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized copy stays near the cores and the
-// working memory stays bounded. Layouts: dispatch.h.
+// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights: packs the weights, quantizes the rows of x to bytes
+// and runs the matrix kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized
+// copy stays near the cores and the working memory stays bounded. Layouts: dispatch.h.
 #include <cfloat>
 #include <cstring>
 
@@ -13,7 +13,8 @@ namespace bitwright {
 namespace {
 
 constexpr int64_t kChunkBytes = 4 << 20;
-constexpr int64_t kStripRows = 96;  // rows that are dealt to a thread at once
+constexpr int64_t kStripRows = 96;            // rows that are dealt to a thread at once
+constexpr int64_t kSerialQuantize = 1 << 14;  // inputs that one thread quantizes before another has woken up
 
 int64_t group_inputs(int64_t bits) { return 4 * (8 / bits); }
 
@@ -31,7 +32,8 @@ void check(const Linear& a) {
     require(a.scale_stride == 0 || a.scale_stride == 1, "scale stride must be 0 or 1");
     require(a.dynamic || a.scale != nullptr, "a static quantizer needs a scale");
     require(!a.dynamic || (a.zero == nullptr && a.range.qmax > 0), "a dynamic quantizer is symmetric");
-    require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr && a.w_sum != nullptr), "null pointer");
+    require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr && a.w_sum != nullptr),
+            "null pointer");
     require(a.m == 0 || a.n == 0 || a.k == 0 || (a.x != nullptr && a.w != nullptr), "null pointer");
 }
 
@@ -64,14 +66,62 @@ void check_rows(const Linear& a) {
     }
 }
 
-void quantize_row(const Linear& a, const Kernels& kernels, int64_t row, int64_t stride, uint8_t* bytes, RowTerms* terms) {
-    const Quantizer quantizer = row_quantizer(a, kernels, row);
-    const int32_t sum = kernels.quantize(a.x + row * a.k, a.k, quantizer, bytes);
-    std::memset(bytes + a.k, 0, static_cast<size_t>(stride - a.k));
+// The quantized rows of a chunk.
+struct Rows {
+    uint8_t* bytes;
+    int64_t stride;
+    RowTerms* terms;
+};
+
+void quantize_row(const Linear& a, const Kernels& kernels, const Rows& rows, int64_t first, int64_t i) {
+    const Quantizer quantizer = row_quantizer(a, kernels, first + i);
+    uint8_t* bytes = rows.bytes + i * rows.stride;
+    const int32_t sum = kernels.quantize(a.x + (first + i) * a.k, a.k, quantizer, bytes);
+    std::memset(bytes + a.k, 0, static_cast<size_t>(rows.stride - a.k));
     const uint32_t half = 1u << (a.bits - 1);
-    terms->scale = quantizer.scale;
-    terms->zero = quantizer.offset;
-    terms->constant = a.bits == 8 ? 0 : static_cast<int32_t>(half * static_cast<uint32_t>(sum));
+    const int32_t constant = a.bits == 8 ? 0 : static_cast<int32_t>(half * static_cast<uint32_t>(sum));
+    rows.terms[i] = {quantizer.scale, quantizer.offset, constant};
+}
+
+// `count` rows from row `begin` of the chunk that starts at row `first` of x.
+Gemm strip(const Linear& a, const Rows& rows, int64_t first, int64_t begin, int64_t count,
+           const int64_t* run_offset) {
+    Gemm gemm{};
+    gemm.x = rows.bytes + begin * rows.stride;
+    gemm.x_stride = rows.stride;
+    gemm.rows = count;
+    gemm.run_offsets = run_offset;
+    gemm.runs = 1;
+    gemm.run_groups = ceil_div(a.k, group_inputs(a.bits));
+    gemm.w = a.w;
+    gemm.block_bytes = gemm.run_groups * kGroupBytes;
+    gemm.columns = a.n;
+    gemm.w_scale = a.w_scale;
+    gemm.w_sum = a.w_sum;
+    gemm.bias = a.bias;
+    gemm.terms = rows.terms + begin;
+    gemm.terms_stride = 1;
+    gemm.y = a.y + (first + begin) * a.n;
+    gemm.y_stride = a.n;
+    return gemm;
+}
+
+void run_chunk(const Linear& a, const Kernels& kernels, const Rows& rows, int64_t first, int64_t count) {
+    const double work = static_cast<double>(count) * static_cast<double>(a.n * a.k);
+    const int threads = work <= kSerialWork ? 1 : a.threads;
+    parallel_for(count * a.k <= kSerialQuantize ? 1 : threads, [&](int index, int team) {
+        const Range mine = share(count, 1, index, team);
+        for (int64_t i = mine.begin; i < mine.end; ++i) quantize_row(a, kernels, rows, first, i);
+    });
+    const int64_t run_offset = 0;
+    const auto strip_at = [&](int64_t i) {
+        const int64_t begin = i * kStripRows;
+        return strip(a, rows, first, begin, std::min(kStripRows, count - begin), &run_offset);
+    };
+    const Work all{ceil_div(count, kStripRows), ceil_div(a.n, kLanes), strip_at(0).block_bytes, a.bits};
+    const bool by_blocks = split_by_blocks(all, kernels, threads, count * a.k);
+    parallel_for(threads,
+                 [&](int index, int team) { run_strips(kernels, all, by_blocks, strip_at, index, team); });
 }
 
 }  // namespace
@@ -88,7 +138,7 @@ void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_
     const int half = 1 << (bits - 1);
     const int offset = bits == 8 ? 0 : half;
     uint8_t fill = 0;  // the code 0 in every field of a byte
-    for (int64_t field = 0; field < 8 / bits; ++field) fill = static_cast<uint8_t>(fill | offset << (field * bits));
+    for (int64_t shift = 0; shift < 8; shift += bits) fill = static_cast<uint8_t>(fill | offset << shift);
     std::memset(out, fill, static_cast<size_t>(total));
     const int mask = (1 << bits) - 1;
     for (int64_t row = 0; row < n; ++row) {
@@ -109,35 +159,15 @@ void linear(const Linear& a) {
     const Kernels& kernels = bitwright::kernels(a.isa);
     if (a.m == 0 || a.n == 0) return;
     check_rows(a);
-    const int64_t groups = ceil_div(a.k, group_inputs(a.bits));
+    const int64_t width = round_up(a.k, group_inputs(a.bits));
     // One cache line more than needed: rows at a power of two would share one set of the L1 cache.
-    const int64_t stride = round_up(groups * group_inputs(a.bits), 64) + 64;
-    const int64_t chunk = std::min(a.m, std::max<int64_t>(kStripRows, round_up(kChunkBytes / stride, kStripRows)));
+    const int64_t stride = round_up(width, 64) + 64;
+    const int64_t fitting = round_up(kChunkBytes / stride, kStripRows);
+    const int64_t chunk = std::min(a.m, std::max(kStripRows, fitting));
     Scratch scratch(Scratch::bytes<uint8_t>(chunk * stride) + Scratch::bytes<RowTerms>(chunk));
-    uint8_t* bytes = scratch.take<uint8_t>(chunk * stride);
-    RowTerms* terms = scratch.take<RowTerms>(chunk);
-    const int64_t run_offset = 0;
-    const int64_t blocks = ceil_div(a.n, kLanes);
+    const Rows rows{scratch.take<uint8_t>(chunk * stride), stride, scratch.take<RowTerms>(chunk)};
     for (int64_t first = 0; first < a.m; first += chunk) {
-        const int64_t rows = std::min(chunk, a.m - first);
-        const int threads = rows * a.n * a.k <= kSerialWork ? 1 : a.threads;
-        parallel_for(rows * a.k <= kSerialWork / 16 ? 1 : threads, [&](int index, int count) {
-            const Range mine = share(rows, 1, index, count);
-            for (int64_t i = mine.begin; i < mine.end; ++i) {
-                quantize_row(a, kernels, first + i, stride, bytes + i * stride, terms + i);
-            }
-        });
-        const int64_t strips = ceil_div(rows, kStripRows);
-        const auto strip_at = [&](int64_t i) {
-            const int64_t row = i * kStripRows;
-            return Gemm{bytes + row * stride, stride,   std::min(kStripRows, rows - row), &run_offset, 1,         groups,
-                        a.w,                  groups * kGroupBytes, a.n,                  a.w_scale,   a.w_sum,   a.bias,
-                        terms + row,          1,        a.y + (first + row) * a.n,        a.n};
-        };
-        const Split split = Split::choose(strips, blocks, kernels.tile_blocks, threads);
-        parallel_for(threads, [&](int index, int count) {
-            run_strips(kernels, a.bits, strips, blocks, groups * kGroupBytes, split, strip_at, index, count);
-        });
+        run_chunk(a, kernels, rows, first, std::min(chunk, a.m - first));
     }
 }
 

@@ -1,11 +1,11 @@
-// The Python module bitwright._native: pointers and sizes as integers, so that it depends on no version of torch. Nothing is
-// checked here that the operations check themselves; the global interpreter lock is released while they run.
+// The Python module bitwright._native: pointers and sizes as integers, so that it depends on no version of
+// torch. Nothing is checked here that the operations check themselves; the global interpreter lock is
+// released while they run.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <vector>
-
 
 #include "ops.h"
 
@@ -35,26 +35,65 @@ float one_value(uintptr_t address) {
     return *at<const float>(address);
 }
 
-void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, uintptr_t scale, uintptr_t zero,
-                 int64_t rows_per_scale_stride, bool dynamic, int64_t qmin, int64_t qmax, uintptr_t w, uintptr_t w_scale,
-                 uintptr_t w_sum, uintptr_t bias, uintptr_t y, int threads) {
-    linear({isa, bits, at<const float>(x), m, k, n, at<const float>(scale), at<const float>(zero), rows_per_scale_stride, dynamic,
-            {qmin, qmax}, at<const uint8_t>(w), at<const float>(w_scale), at<const int32_t>(w_sum), at<const float>(bias),
-            at<float>(y), threads});
+void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, uintptr_t scale,
+                 uintptr_t zero, int64_t rows_per_scale_stride, bool dynamic, int64_t qmin, int64_t qmax,
+                 uintptr_t w, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y, int threads) {
+    linear({isa,
+            bits,
+            at<const float>(x),
+            m,
+            k,
+            n,
+            at<const float>(scale),
+            at<const float>(zero),
+            rows_per_scale_stride,
+            dynamic,
+            {qmin, qmax},
+            at<const uint8_t>(w),
+            at<const float>(w_scale),
+            at<const int32_t>(w_sum),
+            at<const float>(bias),
+            at<float>(y),
+            threads});
 }
 
-void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n, int64_t stride_c,
-                 int64_t stride_y, int64_t stride_x, int64_t o, int64_t kh, int64_t kw, int64_t stride_h, int64_t stride_w,
-                 int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups, uintptr_t scale, uintptr_t zero,
-                 int64_t qmin, int64_t qmax, uintptr_t weight, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y,
+void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n,
+                 int64_t stride_c, int64_t stride_y, int64_t stride_x, int64_t o, int64_t kh, int64_t kw,
+                 int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
+                 int64_t dil_w, int64_t groups, uintptr_t scale, uintptr_t zero, int64_t qmin, int64_t qmax,
+                 uintptr_t weight, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y,
                  int threads) {
-    conv2d({isa, at<const float>(x), n, c, h, w, {stride_n, stride_c, stride_y, stride_x}, o, kh, kw, stride_h, stride_w, pad_h,
-            pad_w, dil_h, dil_w, groups, one_value(scale), value_or_zero(zero), {qmin, qmax}, at<const uint8_t>(weight),
-            at<const float>(w_scale), at<const int32_t>(w_sum), at<const float>(bias), at<float>(y), threads});
+    conv2d({isa,
+            at<const float>(x),
+            n,
+            c,
+            h,
+            w,
+            {stride_n, stride_c, stride_y, stride_x},
+            o,
+            kh,
+            kw,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w,
+            dil_h,
+            dil_w,
+            groups,
+            one_value(scale),
+            value_or_zero(zero),
+            {qmin, qmax},
+            at<const uint8_t>(weight),
+            at<const float>(w_scale),
+            at<const int32_t>(w_sum),
+            at<const float>(bias),
+            at<float>(y),
+            threads});
 }
 
-void add_call(int isa, uintptr_t a, uintptr_t b, int64_t count, uintptr_t scale_a, uintptr_t zero_a, uintptr_t scale_b,
-              uintptr_t zero_b, int64_t qmin_a, int64_t qmax_a, int64_t qmin_b, int64_t qmax_b, uintptr_t out, int threads) {
+void add_call(int isa, uintptr_t a, uintptr_t b, int64_t count, uintptr_t scale_a, uintptr_t zero_a,
+              uintptr_t scale_b, uintptr_t zero_b, int64_t qmin_a, int64_t qmax_a, int64_t qmin_b,
+              int64_t qmax_b, uintptr_t out, int threads) {
     const Addend left{at<const float>(a), one_value(scale_a), value_or_zero(zero_a), {qmin_a, qmax_a}};
     const Addend right{at<const float>(b), one_value(scale_b), value_or_zero(zero_b), {qmin_b, qmax_b}};
     add(isa, left, right, count, at<float>(out), threads);
@@ -65,17 +104,24 @@ void add_call(int isa, uintptr_t a, uintptr_t b, int64_t count, uintptr_t scale_
 
 NB_MODULE(_native, m) {
     using namespace bitwright;
-    m.doc() = "Integer CPU kernels of bitwright. Use them through bitwright.kernels.cpu, which checks tensors.";
+    m.doc() =
+        "Integer CPU kernels of bitwright. Use them through bitwright.kernels.cpu, which checks tensors.";
     m.def("features", &features);
     m.def("linear_layout_bytes", &linear_layout_bytes);
-    m.def("pack_linear", [](uintptr_t codes, int64_t bits, int64_t n, int64_t k, uintptr_t out) {
-        pack_linear(at<const int8_t>(codes), bits, n, k, at<uint8_t>(out));
-    }, Release());
+    m.def(
+        "pack_linear",
+        [](uintptr_t codes, int64_t bits, int64_t n, int64_t k, uintptr_t out) {
+            pack_linear(at<const int8_t>(codes), bits, n, k, at<uint8_t>(out));
+        },
+        Release());
     m.def("linear", &linear_call, Release());
     m.def("conv_layout_bytes", &conv_layout_bytes);
-    m.def("pack_conv", [](uintptr_t codes, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups, uintptr_t out) {
-        pack_conv(at<const int8_t>(codes), o, c, kh, kw, groups, at<uint8_t>(out));
-    }, Release());
+    m.def(
+        "pack_conv",
+        [](uintptr_t codes, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups, uintptr_t out) {
+            pack_conv(at<const int8_t>(codes), o, c, kh, kw, groups, at<uint8_t>(out));
+        },
+        Release());
     m.def("conv2d", &conv2d_call, Release());
     m.def("add", &add_call, Release());
 }

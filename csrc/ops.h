@@ -1,5 +1,6 @@
-// The operations the Python module offers. Pointers and sizes only; the Python side owns the tensors and checks their types.
-// Every function throws std::invalid_argument for impossible arguments and std::bad_alloc when memory runs out.
+// The operations the Python module offers. Pointers and sizes only; the Python side owns the tensors and
+// checks their types. Every function throws std::invalid_argument for impossible arguments and std::bad_alloc
+// when memory runs out.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +39,8 @@ struct Range8 {
 
 void check_range(const Range8& range);
 
-// Throws unless zero is a small integer and `depth` products of centred codes with weights of at most `weight_limit` in
-// magnitude fit in an int32 accumulator.
+// Throws unless zero is a small integer and `depth` products of centred codes with weights of at most
+// `weight_limit` in magnitude fit in an int32 accumulator.
 void check_zero_point(float zero, const Range8& range, int64_t depth, int64_t weight_limit);
 
 // The quantizer whose bytes are code + shift, for a checked zero point.
@@ -50,16 +51,16 @@ struct Linear {
     int bits;
     const float* x;  // [m, k]
     int64_t m, k, n;
-    const float* scale;         // one, or one per row; unused when dynamic
-    const float* zero;          // like scale, or null
-    int64_t scale_stride;       // 0 or 1
-    bool dynamic;               // symmetric, one scale per row from its largest magnitude
+    const float* scale;    // one, or one per row; unused when dynamic
+    const float* zero;     // like scale, or null
+    int64_t scale_stride;  // 0 or 1
+    bool dynamic;          // symmetric, one scale per row from its largest magnitude
     Range8 range;
-    const uint8_t* w;           // pack_linear
-    const float* w_scale;       // [n]
-    const int32_t* w_sum;       // [n]
-    const float* bias;          // [n] or null
-    float* y;                   // [m, n]
+    const uint8_t* w;      // pack_linear
+    const float* w_scale;  // [n]
+    const int32_t* w_sum;  // [n]
+    const float* bias;     // [n] or null
+    float* y;              // [m, n]
     int threads;
 };
 
@@ -85,7 +86,8 @@ struct Conv {
 };
 
 int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups);
-void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups, uint8_t* out);
+void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
+               uint8_t* out);
 void conv2d(const Conv& args);
 
 struct Addend {

@@ -1,5 +1,6 @@
-// Finds the OpenMP runtime of the process and hands teams to it. `GOMP_parallel` is the entry point that GCC's own code calls;
-// LLVM's and Intel's runtimes export it too. The lookup happens once, after Python has imported torch.
+// Finds the OpenMP runtime of the process and hands teams to it. `GOMP_parallel` is the entry point that
+// GCC's own code calls; LLVM's and Intel's runtimes export it too. The lookup happens once, after Python has
+// imported torch.
 #include "parallel.h"
 
 #include <initializer_list>

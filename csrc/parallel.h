@@ -1,7 +1,7 @@
-// Runs a function on a team of threads. The team is the OpenMP runtime that torch has already loaded, found by name at run
-// time: linking a second runtime would start a second pool of threads that fights torch's. Without one the call is serial.
-// The function gets (index, count) with the real size of the team, which may be smaller than asked; it must not throw and
-// must not let its results depend on the split.
+// Runs a function on a team of threads. The team is the OpenMP runtime that torch has already loaded, found
+// by name at run time: linking a second runtime would start a second pool of threads that fights torch's.
+// Without one the call is serial. The function gets (index, count) with the real size of the team, which may
+// be smaller than asked; it must not throw and must not let its results depend on the split.
 #pragma once
 
 #include <cstdint>

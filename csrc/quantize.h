@@ -1,6 +1,7 @@
-// Activations from float32 to bytes, templates over an instruction set (see isa_*.cpp for the primitives it offers). All loops
-// work on 16 elements; a shorter tail goes through a 16-element copy on the stack, so any length is allowed. Division is a true
-// division; NaN ends as the lowest code because the lower bound is applied first and `max` returns its second operand then.
+// Activations from float32 to bytes, templates over an instruction set (see isa_*.cpp for the primitives it
+// offers). All loops work on 16 elements; a shorter tail goes through a 16-element copy on the stack, so any
+// length is allowed. Division is a true division; NaN ends as the lowest code because the lower bound is
+// applied first and `max` returns its second operand then.
 #pragma once
 
 #include "dispatch.h"
@@ -66,8 +67,9 @@ int32_t quantize_run(const float* x, int64_t count, const Quantizer& quantizer, 
     return static_cast<int32_t>(total);
 }
 
-// Planes to interleaved channels. One vector holds 16 pixels of a channel; four channels are merged into 16 words. Four such
-// vectors are transposed to 16 bytes per pixel; fewer are written word by word. Codes must be unsigned bytes.
+// Planes to interleaved channels. One vector holds 16 pixels of a channel; four channels are merged into 16
+// words. Four such vectors are transposed to 16 bytes per pixel; fewer are written word by word. Codes must
+// be unsigned bytes.
 template <class S, bool DENSE>
 struct PlaneReader {
     const Planes& planes;
@@ -99,8 +101,8 @@ void quantize_planes_run(const Planes& p, const Quantizer& quantizer) {
         const int64_t count = p.pixels - i < kLanes ? p.pixels - i : kLanes;
         const int64_t* offsets = p.offsets + i;
         if (p.channels == kLanes) {
-            S::store_pixels(bytes, reader.words(0, i, count), reader.words(4, i, count), reader.words(8, i, count),
-                            reader.words(12, i, count));
+            S::store_pixels(bytes, reader.words(0, i, count), reader.words(4, i, count),
+                            reader.words(8, i, count), reader.words(12, i, count));
             for (int64_t j = 0; j < count; ++j) {
                 std::memcpy(p.destination + offsets[j], bytes + S::pixel_at(j) * kLanes, kLanes);
             }
@@ -122,9 +124,11 @@ void quantize_planes(const Planes& planes, const Quantizer& quantizer) {
     }
 }
 
-// out = (code(a) - za) * sa + (code(b) - zb) * sb; the integers are exact as floats, so each product rounds once.
+// out = (code(a) - za) * sa + (code(b) - zb) * sb; the integers are exact as floats, so each product rounds
+// once.
 template <class S>
-void add_run(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb, float* out) {
+void add_run(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
+             float* out) {
     const Quantize<S> left(qa);
     const Quantize<S> right(qb);
     const auto sum = [&](const float* pa, const float* pb) {

@@ -1,6 +1,7 @@
-// Working memory of one call: a single 64-byte aligned block of the calling thread, kept between calls so that a forward pass
-// does not pay page faults for every layer. Everything a call needs (also the buffers of its team) is carved from it before
-// threads start, so running out of memory is an exception of the caller. Oversized blocks are returned when the call ends.
+// Working memory of one call: a single 64-byte aligned block of the calling thread, kept between calls so
+// that a forward pass does not pay page faults for every layer. Everything a call needs (also the buffers of
+// its team) is carved from it before threads start, so running out of memory is an exception of the caller.
+// Oversized blocks are returned when the call ends.
 #pragma once
 
 #include <cstddef>

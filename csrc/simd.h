@@ -1,6 +1,6 @@
-// Macros for the files that are compiled once per instruction set. Those files keep every function in a template over a type of
-// an unnamed namespace (or static): code built with -mavx512* must never be merged with code of another file. For the same
-// reason they use no standard library templates.
+// Macros for the files that are compiled once per instruction set. Those files keep every function in a
+// template over a type of an unnamed namespace (or static): code built with -mavx512* must never be merged
+// with code of another file. For the same reason they use no standard library templates.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@
 #define BW_UNROLL
 #endif
 
-// BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_PREFETCH requests a line for the
-// second-level cache.
+// BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_PREFETCH
+// requests a line for the second-level cache.
 #if defined(__GNUC__) || defined(__clang__)
 #define BW_OPAQUE(pointer) __asm__("" : "+r"(pointer))
 #define BW_PREFETCH(pointer) __builtin_prefetch(pointer, 0, 2)

@@ -82,7 +82,7 @@ class ResNet20(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution with bias and a batch norm; stride 2 pads at the right and at the bottom only, as TensorFlow does."""
+    """A convolution with bias and a batch norm; stride 2 pads right and bottom only, as TensorFlow does."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()

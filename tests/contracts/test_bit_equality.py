@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Conv1dNet, Mlp, ResidualCnn, image, with_statistics
-from nets import FEATURES, calibrated, layer_plan, layers_of, trained, unequal_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +11,8 @@ from bitwright.flow.convert import convert
 from bitwright.graph.rewrite import Add
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.plan.plan import Plan
+from models import Conv1dNet, Mlp, ResidualCnn, image, with_statistics
+from nets import FEATURES, calibrated, layer_plan, layers_of, one_thread, trained, unequal_kernels  # noqa: F401
 
 WEIGHTS = ["int8/channel", "int4/channel", "int3/channel", "int2/channel", "ternary/channel", "int6", "int8"]
 STATIC = ["uint8/asym", "uint8", "int8", "uint4/asym", "int4"]
@@ -112,11 +112,10 @@ def test_trained_conv_equals_shipped_in_every_format(weight: str, input: str) ->
     assert unequal_kernels(simulated, hard_inputs(x, simulated)) == []
 
 
-@pytest.mark.parametrize(
-    "weight",
-    ["int8/channel", "int4/channel", "int8", "ternary/channel", "uint8/channel/asym", "nf4/channel", "nf4/group4"]
-    + ["int4/group4", "uint4/group8/asym", "fp16", "bf16"],
-)
+ROWS = ["int8/channel", "int4/channel", "int8", "ternary/channel", "uint8/channel/asym", "nf4/channel", "fp16", "bf16"]
+
+
+@pytest.mark.parametrize("weight", [*ROWS, "nf4/group4", "int4/group4", "uint4/group8/asym"])
 def test_trained_embedding_equals_shipped(weight: str) -> None:
     layer = nn.Embedding(11, 16, padding_idx=2)
     ids = torch.tensor([[0, 2, 10, 3], [4, 4, 5, 9]])
@@ -199,7 +198,9 @@ def test_each_feature_set_takes_its_own_kernels() -> None:
     net = with_statistics(ResidualCnn())
     simulated = calibrated(net, "w8a8", [image()])
     taken = {
-        name: {m.kernel.name.split("/")[1] for m in convert(simulated, features=f).modules() if isinstance(m, LowbitLayer)}
+        name: {
+            m.kernel.name.split("/")[1] for m in convert(simulated, features=f).modules() if isinstance(m, LowbitLayer)
+        }
         for name, f in FEATURES.items()
     }
     expected = {"reference": {"reference"}, "portable": {"portable"}, "avx2": {"avx2"}}
@@ -232,4 +233,3 @@ class Features(nn.Sequential):
         super().__init__(
             nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.ReLU()
         )
-

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nets import calibrated, layer_plan, trained
 from torch import Tensor, nn
 
 from bitwright.errors import PlanError
@@ -19,6 +18,7 @@ from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import dequantize
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.target import get_target
+from nets import calibrated, layer_plan, one_thread, trained  # noqa: F401
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 7), torch.randn),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import FEATURES, calibrated, layer_plan, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.flow.convert import convert
 from bitwright.numerics.qtensor import dequantize
+from nets import FEATURES, calibrated, layer_plan, one_thread, trained  # noqa: F401
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -20,11 +20,17 @@ def bound(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return 2 * length * EPS * F.linear(x.abs(), weight.abs())
     assert isinstance(layer, nn.Conv2d)
-    return 2 * length * EPS * F.conv2d(x.abs(), weight.abs(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return (
+        2
+        * length
+        * EPS
+        * F.conv2d(x.abs(), weight.abs(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    )
 
 
 @pytest.mark.parametrize(
-    "weight", ["int4/group32", "nf4/group32", "int4/channel", "uint4/group32/asym", "ternary/channel", "fp16", "bf16", "int8"]
+    "weight",
+    ["int4/group32", "nf4/group32", "int4/channel", "uint4/group32/asym", "ternary/channel", "fp16", "bf16", "int8"],
 )
 def test_weight_only_linear_stays_within_the_bound(weight: str) -> None:
     layer = nn.Linear(160, 9)

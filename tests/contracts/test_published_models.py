@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import FEATURES, MobileNetV1, ResNet20, calibrated, layers_of, trained
 from torch import Tensor, nn
 
 from bitwright.flow.checkpoint import load_weights
 from bitwright.flow.convert import convert
 from bitwright.numerics.affine import encode
 from bitwright.plan.plan import Plan
+from nets import FEATURES, MobileNetV1, ResNet20, calibrated, layers_of, one_thread, trained  # noqa: F401
 
 pytestmark = pytest.mark.shared_data
 

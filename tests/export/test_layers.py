@@ -102,7 +102,7 @@ def test_weights_of_every_spec_decode_to_ours(spec: str) -> None:
     layer = LowbitLinear(weight, None, None, frozenset())
     writer = Writer()
     writer.begin("layer")
-    out = writer.weight_values(layer, widened=False)
+    out = writer.weight_values(layer, layer.weight_scale, widened=False)
     identity = [*writer.nodes, helper.make_node("Mul", [out, "x"], ["y"])]
     found = run(identity, list(writer.initializers.values()), torch.ones(1, 1), "y")
     assert torch.equal(found.T, dequantize(weight))

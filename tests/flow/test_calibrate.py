@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import ControlFlow, EmbeddingNet, Mlp, ResidualCnn, image, with_statistics
-from nets import layers_of
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError, CalibrationError
@@ -16,6 +14,8 @@ from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.plan.plan import Plan
+from models import ControlFlow, EmbeddingNet, Mlp, ResidualCnn, image, with_statistics
+from nets import layers_of, one_thread  # noqa: F401
 
 
 def prepared(net: nn.Module | None = None, preset: str = "w8a8", x: Tensor | None = None, **rules: str) -> nn.Module:
@@ -131,11 +131,20 @@ def test_a_failure_inside_the_model_leaves_it_in_float(error: BaseException) -> 
 
 BAD_BATCHES = {
     "no batch": ([], r"got no batches, but 2 activations have static ranges \(0\.input first\); pass at least one"),
-    "nan": ([torch.randn(4, 16), torch.full((4, 16), torch.nan)], r"batch 1: 0\.input: 64 of 64 .* clean the calibration"),
+    "nan": (
+        [torch.randn(4, 16), torch.full((4, 16), torch.nan)],
+        r"batch 1: 0\.input: 64 of 64 .* clean the calibration",
+    ),
     "inf": ([torch.full((1, 16), torch.inf)], r"batch 0: 0\.input: 16 of 16 calibration values are NaN or infinite"),
     "shape": ([torch.randn(4, 15)], r"batch 0 with shapes \[\[4, 15\]\] does not fit the model: mat1 and mat2"),
-    "label": ([(torch.randn(4, 16), torch.zeros(4))], r"batch 0 with shapes \[\[4, 16\], \[4\]\] .* pass forward=lambda"),
-    "keyword": ([{"images": torch.randn(4, 16)}], r"batch 0 with shapes \[\[4, 16\]\] does not fit .* unexpected keyword"),
+    "label": (
+        [(torch.randn(4, 16), torch.zeros(4))],
+        r"batch 0 with shapes \[\[4, 16\], \[4\]\] .* pass forward=lambda",
+    ),
+    "keyword": (
+        [{"images": torch.randn(4, 16)}],
+        r"batch 0 with shapes \[\[4, 16\]\] does not fit .* unexpected keyword",
+    ),
     "type": ([["a", "b"]], r"batch 0 with shapes \[\] does not fit the model"),
     "empty": ([torch.zeros(0, 16)], r"0\.input: this observer saw no values; give calibration at least one"),
 }
@@ -154,7 +163,9 @@ def test_an_overflow_inside_the_model_names_the_site_that_saw_it() -> None:
     net = Mlp()
     with torch.no_grad():
         net[0].bias[0] = torch.inf
-    with pytest.raises(CalibrationError, match=r"batch 0: 2\.input: 4 of 128 .* find the layer before it that overflows"):
+    with pytest.raises(
+        CalibrationError, match=r"batch 0: 2\.input: 4 of 128 .* find the layer before it that overflows"
+    ):
         calibrate(prepared(net), [torch.randn(4, 16)])
 
 
@@ -193,7 +204,9 @@ def test_calibrating_again_replaces_the_ranges() -> None:
 
 def test_what_is_not_a_prepared_model_is_refused() -> None:
     x = torch.randn(4, 16)
-    with pytest.raises(BitwrightError, match=r"Mlp was not prepared by bitwright; call bitwright\.prepare\(model, plan\)"):
+    with pytest.raises(
+        BitwrightError, match=r"Mlp was not prepared by bitwright; call bitwright\.prepare\(model, plan\)"
+    ):
         calibrate(Mlp(), [x])
     model = prepared()
     calibrate(model, [x])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Mlp, ResidualCnn, TiedLayers, image, with_statistics
-from nets import FEATURES, calibrated, unequal_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +15,8 @@ from bitwright.lowbit.layer import LowbitLayer
 from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer
 from bitwright.plan.plan import Plan
+from models import Mlp, ResidualCnn, TiedLayers, image, with_statistics
+from nets import FEATURES, calibrated, one_thread, unequal_kernels  # noqa: F401
 
 
 def test_no_simulation_and_no_float_copy_is_left() -> None:
@@ -52,7 +52,9 @@ def test_a_converted_model_does_not_follow_the_simulated_one() -> None:
 def test_converting_before_calibrating_names_the_first_site() -> None:
     net = Mlp()
     prepared = prepare(net, Plan.preset("w8a8", net, torch.zeros(1, 16)))
-    with pytest.raises(ModelError, match=r"0\.weight has no scale yet \(4 sites in all\); call bitwright\.calibrate first"):
+    with pytest.raises(
+        ModelError, match=r"0\.weight has no scale yet \(4 sites in all\); call bitwright\.calibrate first"
+    ):
         convert(prepared)
 
 

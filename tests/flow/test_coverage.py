@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import EmbeddingNet, Mlp, ResidualCnn, TiedLayers, image, with_statistics
-from nets import calibrated
 from torch import nn
 
 from bitwright.bench.measure import model_bytes
@@ -16,6 +14,8 @@ from bitwright.errors import BitwrightError
 from bitwright.flow.checkpoint import save
 from bitwright.flow.convert import convert
 from bitwright.flow.coverage import coverage
+from models import EmbeddingNet, Mlp, ResidualCnn, TiedLayers, image, with_statistics
+from nets import calibrated, one_thread  # noqa: F401
 
 MODELS = {
     "cnn": (lambda: with_statistics(ResidualCnn()), "w4a4", lambda: image(4)),
@@ -60,7 +60,9 @@ def test_every_tensor_has_a_row_with_its_format_and_the_reason() -> None:
 
 def test_tied_weights_are_counted_once() -> None:
     rows = {row.path: row for row in coverage(convert(calibrated(TiedLayers(), "w8a8", [torch.randn(4, 8)])))}
-    assert rows["a.weight"].bytes - rows["b.weight"].bytes == 8 * 8 + 8 * 4  # codes and scales; each keeps its input range
+    assert (
+        rows["a.weight"].bytes - rows["b.weight"].bytes == 8 * 8 + 8 * 4
+    )  # codes and scales; each keeps its input range
 
 
 def test_a_float_model_has_no_coverage() -> None:

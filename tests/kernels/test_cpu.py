@@ -66,9 +66,7 @@ def weights(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> tu
     return codes, scale, codes.flatten(1).sum(1, dtype=torch.int32)
 
 
-def run_linear(
-    isa: str, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act: Act, bits: int
-) -> Tensor:
+def run_linear(isa: str, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act: Act, bits: int) -> Tensor:
     sums = codes.sum(1, dtype=torch.int32)
     packed = cpu.pack_linear(codes, bits)
     return torch.ops.bitwright.linear(
@@ -144,9 +142,7 @@ def test_linear_scale_per_row(isa: str, bits: int) -> None:
     g = gen(bits, 3)
     codes, scale, _ = weights((18, 50), bits, g)
     x = torch.randn(2, 9, 50, generator=g)
-    act = Act(
-        0, 255, torch.rand(18, generator=g) * 0.02 + 0.001, torch.randint(0, 256, (18,), generator=g).float()
-    )
+    act = Act(0, 255, torch.rand(18, generator=g) * 0.02 + 0.001, torch.randint(0, 256, (18,), generator=g).float())
     for some in (act, replace(act, zero=None), replace(ACTS["int8"], scale=act.scale)):
         assert torch.equal(
             run_linear(isa, x, codes, scale, None, some, bits), expect_linear(x, codes, scale, None, some)
@@ -168,9 +164,7 @@ def test_ties_and_saturation(isa: str, act: str) -> None:
     row = x.T.contiguous()  # the vector loops instead of their tails
     codes = torch.randint(-128, 128, (4, row.shape[1]), dtype=torch.int8)
     scale = torch.ones(4)
-    assert torch.equal(
-        run_linear(isa, row, codes, scale, None, a, 8), expect_linear(row, codes, scale, None, a)
-    )
+    assert torch.equal(run_linear(isa, row, codes, scale, None, a, 8), expect_linear(row, codes, scale, None, a))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -311,9 +305,9 @@ def test_conv2d_reads_views(isa: str, shape: str) -> None:
         wide.contiguous(memory_format=torch.channels_last),
         wide.transpose(2, 3).contiguous().transpose(2, 3),
     ):
-        view = view[:, 1 : c + 1, 1 : h + 1, 2 : w + 2]
-        view.copy_(case[0])
-        assert torch.equal(run_conv(isa, s, (view, *case[1:]), None, ACTS["uint8 zero 93"]), expected)
+        part = view[:, 1 : c + 1, 1 : h + 1, 2 : w + 2]
+        part.copy_(case[0])
+        assert torch.equal(run_conv(isa, s, (part, *case[1:]), None, ACTS["uint8 zero 93"]), expected)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -324,17 +318,13 @@ def test_conv2d_any_shape(data: st.DataObject, isa: str, act: str, seed: int) ->
 
     groups = data.draw(st.integers(1, 4))
     kernel, dilation = pair(1, 4), pair(1, 3)
-    image = tuple(
-        (k - 1) * d + 1 + data.draw(st.integers(0, 9)) for k, d in zip(kernel, dilation, strict=True)
-    )
+    image = tuple((k - 1) * d + 1 + data.draw(st.integers(0, 9)) for k, d in zip(kernel, dilation, strict=True))
     s = Shape(
         groups * data.draw(st.integers(1, 9)), groups * data.draw(st.integers(1, 20)), kernel, pair(1, 3), pair(0, 3),
         dilation, groups, (image[0], image[1]), data.draw(st.integers(1, 3)),
     )  # fmt: skip
     case = conv_case(s, gen(seed))
-    assert torch.equal(
-        run_conv(isa, s, case, case[4], ACTS[act]), expect_conv(s, case, case[4], ACTS[act])
-    ), s
+    assert torch.equal(run_conv(isa, s, case, case[4], ACTS[act]), expect_conv(s, case, case[4], ACTS[act])), s
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -352,9 +342,7 @@ def test_add(isa: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert b.scale is not None
         x = torch.randint(-300, 300, (count,), generator=g) * 0.5 * a.scale  # every second one is a tie
         y = torch.randn(count, generator=g) * 4
-        got = torch.ops.bitwright.add(
-            x, y, a.scale, a.zero, b.scale, b.zero, [a.qmin, a.qmax], [b.qmin, b.qmax]
-        )
+        got = torch.ops.bitwright.add(x, y, a.scale, a.zero, b.scale, b.zero, [a.qmin, a.qmax], [b.qmin, b.qmax])
         expected = a.centred(x)[0].float() * a.scale + b.centred(y)[0].float() * b.scale
         assert torch.equal(got, expected)
 
@@ -401,15 +389,19 @@ def op_samples() -> list[tuple[object, tuple[object, ...]]]:
     codes, scale, sums = weights((10, 24), 4, g)
     s = CONVS["3x3 stride 2"]
     x, filters, filter_scale, filter_sums, bias = conv_case(s, g)
-    step = torch.tensor(0.05)
+    step, zero = torch.tensor(0.05), torch.tensor(3.0)
+    last = x.contiguous(memory_format=torch.channels_last)
+    packed, layout = cpu.pack_linear(codes, 4), cpu.pack_conv(filters, 1)
+    geometry = ([3, 3], [2, 2], [1, 1], [1, 1], 1)
     ops = torch.ops.bitwright
+    rows = torch.randn(2, 3, 24)
     return [
-        (ops.linear.default, (torch.randn(2, 3, 24), cpu.pack_linear(codes, 4), scale, sums, None, None, None, 4, -127, 127, 0)),
-        (ops.linear.default, (torch.randn(3, 24), cpu.pack_linear(codes, 4), scale, sums, torch.randn(10), step, torch.tensor(3.0), 4, 0, 255, 0)),
-        (ops.conv2d.default, (x, cpu.pack_conv(filters, 1), filter_scale, filter_sums, bias, step, None, [3, 3], [2, 2], [1, 1], [1, 1], 1, -128, 127, 0)),
-        (ops.add.default, (x, x.contiguous(memory_format=torch.channels_last), step, None, step, None, [-128, 127], [0, 255])),
-        (ops.add.default, (x.contiguous(memory_format=torch.channels_last), x, step, None, step, None, [-128, 127], [0, 255])),
-    ]  # fmt: skip
+        (ops.linear.default, (rows, packed, scale, sums, None, None, None, 4, -127, 127, 0)),
+        (ops.linear.default, (rows, packed, scale, sums, torch.randn(10), step, zero, 4, 0, 255, 0)),
+        (ops.conv2d.default, (x, layout, filter_scale, filter_sums, bias, step, None, *geometry, -128, 127, 0)),
+        (ops.add.default, (x, last, step, None, step, None, [-128, 127], [0, 255])),
+        (ops.add.default, (last, x, step, None, step, zero, [-128, 127], [0, 255])),
+    ]
 
 
 @pytest.mark.parametrize("sample", range(5))
@@ -490,5 +482,6 @@ def test_refusals() -> None:
         )  # fmt: skip
     with pytest.raises(KernelError, match="does not fit in its bits"):
         cpu.pack_linear(torch.full((1, 1), 8, dtype=torch.int8), 4)
+    shape = replace(CONVS["5x5"], padding=(0, 0))
     with pytest.raises(KernelError, match="does not fit an image"):
-        run_conv("portable", replace(CONVS["5x5"], padding=(0, 0)), (torch.zeros(1, 6, 4, 9), *conv_case(CONVS["5x5"], gen(1))[1:]), None, ACTS["int8"])  # fmt: skip
+        run_conv("portable", shape, (torch.zeros(1, 6, 4, 9), *conv_case(shape, gen(1))[1:]), None, ACTS["int8"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from nets import calibrated, layer_plan, layers_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer
+from nets import calibrated, layer_plan, layers_of, one_thread  # noqa: F401
 
 
 class Textbook(torch.autograd.Function):

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from models import with_statistics
-from nets import layers_of
 from torch import Tensor, nn
 
 from bitwright.flow.calibrate import calibrate
@@ -15,6 +13,8 @@ from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.nn.layer import FoldedBatchNorm1d, FoldedBatchNorm2d
 from bitwright.plan.plan import Plan
+from models import with_statistics
+from nets import layers_of, one_thread  # noqa: F401
 
 PAIRS = {
     "conv": lambda: (nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), torch.randn(16, 3, 9, 8)),

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from models import Conv1dNet, EmbeddingNet, Encoder, Mlp, ResidualCnn, TiedLm, image, with_statistics
-from nets import calibrated, layer_plan, layers_of
 from torch import Tensor, nn
 
 from bitwright.errors import ModelError
@@ -18,6 +16,8 @@ from bitwright.nn.quantizer import Stage
 from bitwright.nn.swap import SWAPS, register_module
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import OPERATORS
+from models import Conv1dNet, EmbeddingNet, Encoder, Mlp, ResidualCnn, TiedLm, image, with_statistics
+from nets import calibrated, layer_plan, layers_of, one_thread  # noqa: F401
 
 MODELS = {
     "cnn": (lambda: with_statistics(ResidualCnn()), image),

@@ -26,7 +26,9 @@ def make(spec: str, shape: tuple[int, ...] | None = None, observer: str = "minma
         ("uint4/group2/asym", (6, 4), (6, 2)),
     ],
 )
-def test_scales_are_float32_parameters_with_dimensions_that_wait(spec: str, shape: tuple[int, ...], scale: object) -> None:
+def test_scales_are_float32_parameters_with_dimensions_that_wait(
+    spec: str, shape: tuple[int, ...], scale: object
+) -> None:
     quantizer = make(spec, shape)
     assert isinstance(quantizer.scale, nn.Parameter)
     assert quantizer.scale.shape == scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitwright.errors import NumericsError, SpecError
 from bitwright.numerics.affine import live_qparams, simulate
@@ -60,6 +61,20 @@ def test_clipping_pays_what_the_table_says(name, bits):
     wide, tight = CLIPPING[name][bits]
     assert found[0] == pytest.approx(wide, abs=0.7)
     assert found[1] == pytest.approx(tight, abs=0.7)
+
+
+# Best asymmetric range of GELU(N(0, 1)) (algorithms.md 16): all of the negative lobe, and a part of the positive side.
+GELU = {2: 11.43, 3: 14.71, 4: 20.82, 6: 31.72, 8: 42.53}
+
+
+@pytest.mark.parametrize("bits", GELU)
+def test_each_end_of_an_asymmetric_range_is_clipped_on_its_own(bits):
+    x, s = F.gelu(torch.randn(1, 60_000)), spec(f"uint{bits}/channel/asym")
+    found = weight_qparams(x, s)
+    assert decibel(x, simulate(x, s, found)) == pytest.approx(GELU[bits], abs=0.6)
+    if bits >= 4:
+        lowest = -found.zero_point * found.scale
+        assert lowest.item() == pytest.approx(-0.17, abs=found.scale.item())
 
 
 def test_clipping_does_not_help_against_large_outliers():

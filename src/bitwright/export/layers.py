@@ -28,6 +28,9 @@ from bitwright.numerics.spec import QuantSpec
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
+# In steps of s_x * s_w: what an int32 holds beside a sum of products, and what a float32 holds exactly.
+_LARGEST_BIAS, _ROOMY_BIAS = 2.0**30, 2.0**24
+
 
 def fill(graph: GraphProto, layers: dict[str, Lowbit]) -> None:
     """Replace every hole in ``graph``, in place, by the nodes and initializers of its layer.
@@ -106,14 +109,43 @@ def _integer(weight: QuantSpec) -> bool:
 
 def _product(g: Writer, call: _Call, layer: LowbitLayer, x: str, *, exact: bool) -> str:
     """Conv or MatMul of decoded operands, plus bias; ``exact`` says that both are integer codes times a scale."""
-    weight = g.weight_values(layer, widened=exact)
-    bias = None if layer.bias is None else g.constant("bias", layer.bias, "FLOAT")
     if isinstance(layer, LowbitConv):
-        return g.add("Conv", [x, weight] if bias is None else [x, weight, bias], "output", **_geometry(layer, call))
+        return _conv(g, call, layer, x, exact=exact)
+    weight = g.weight_values(layer, layer.weight_scale, widened=exact)
+    bias = None if layer.bias is None else g.constant("bias", layer.bias, "FLOAT")
     if bias is None:
         return g.add("MatMul", [x, weight], "output")
     # ONNX Runtime rewrites MatMul + Add as a float Gemm before it looks for integer pairs; it leaves Sum alone.
     return g.add("Sum" if exact else "Add", [g.add("MatMul", [x, weight], "product"), bias], "output")
+
+
+def _conv(g: Writer, call: _Call, layer: LowbitConv, x: str, *, exact: bool) -> str:
+    scale, fits = _bias_scale(layer) if exact and layer.bias is not None else (layer.weight_scale, True)
+    operands = [x, g.weight_values(layer, scale, widened=exact)]
+    if layer.bias is None:
+        return g.add("Conv", operands, "output", **_geometry(layer, call))
+    if fits:
+        bias = g.constant("bias", layer.bias, "FLOAT")
+        return g.add("Conv", [*operands, bias], "output", **_geometry(layer, call))
+    bias = g.constant("bias", layer.bias.reshape(-1, *[1] * layer.spatial), "FLOAT")
+    return g.add("Sum", [g.add("Conv", operands, "product", **_geometry(layer, call)), bias], "output")
+
+
+def _bias_scale(layer: LowbitConv) -> tuple[Tensor, bool]:
+    """A weight scale with which the bias fits the int32 that ONNX Runtime makes of it, and whether there is one.
+
+    Fused convolutions hold ``bias / (s_x * s_w)`` in 32 bits and saturate without a word. A channel that a batch norm
+    switched off has a tiny scale and still a bias; as all its codes are zero, its scale may as well be larger.
+    """
+    assert layer.bias is not None
+    assert layer.input_scale is not None
+    scale, bias = layer.weight_scale.flatten(), layer.bias.abs()
+    overflow = bias > _LARGEST_BIAS * layer.input_scale * scale
+    if scale.numel() != bias.numel() or not overflow.any():
+        return layer.weight_scale, not overflow.any()
+    empty = (layer.weight.codes.flatten(1) == 0).all(1)
+    roomy = torch.where(overflow & empty, bias / (layer.input_scale * _ROOMY_BIAS), scale)
+    return roomy.view_as(layer.weight_scale), not (overflow & ~empty).any()
 
 
 def _geometry(layer: LowbitConv, call: _Call) -> dict[str, object]:

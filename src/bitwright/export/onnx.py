@@ -28,7 +28,7 @@ def export(model: nn.Module, path: str | Path, example: Any, *, format: str = "o
 
     The example may be a tensor, a tuple of positional or a dict of keyword arguments; only its shapes and types matter,
     and the file takes any batch size. Raises `ExportError` for a model that is not converted, cannot be traced or holds
-    an operator without ONNX form, and for a path that cannot be written; nothing is left at ``path`` then.
+    an operator without ONNX form, and for a path that cannot be written; what was at ``path`` before stays then.
     `MissingExtraError` without the packages of the ``onnx`` extra.
     """
     if format != "onnx":

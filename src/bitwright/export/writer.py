@@ -137,22 +137,22 @@ class Writer:
             return name
         return self.cast(name, storage(fmt).replace("4", "8"), "weight_codes")
 
-    def weight_values(self, layer: LowbitLayer, *, widened: bool) -> str:
-        """The decoded weight, float32 (a linear layer's as ``[in, out]``)."""
+    def weight_values(self, layer: LowbitLayer, scale: Tensor, *, widened: bool) -> str:
+        """The weight decoded with ``scale``, float32 (a linear layer's as ``[in, out]``)."""
         spec = layer.weight_spec
         if spec.format.dtype is not None:
             return self.cast(self.weight_codes(layer, widened=False), "FLOAT", "weight_values")
         if spec.format.codebook:
-            return self._looked_up(layer)
+            return self._looked_up(layer, scale)
         transposed, kind = isinstance(layer, LowbitLinear), spec.granularity.kind
         stored = storage(spec.format).replace("4", "8") if widened else storage(spec.format)
         zero_point = layer.weight_zero_point
         if zero_point is None and stored.endswith("8"):
             # Zero by definition, but with session.x64quantprecision ONNX Runtime breaks per-axis nodes that omit it.
-            zero_point = torch.zeros_like(layer.weight_scale)
+            zero_point = torch.zeros_like(scale)
         inputs = [
             self.weight_codes(layer, widened=widened),
-            self.constant("weight_scale", _per_axis(layer.weight_scale, spec, transposed), "FLOAT"),
+            self.constant("weight_scale", _per_axis(scale, spec, transposed), "FLOAT"),
         ]
         if zero_point is not None:
             inputs.append(self.constant("weight_zero_point", _per_axis(zero_point, spec, transposed), stored))
@@ -160,9 +160,9 @@ class Writer:
         axis = {} if kind == "tensor" else {"axis": int(transposed != (kind == "group"))}
         return self.add("DequantizeLinear", inputs, "weight_values", **axis, **blocks)
 
-    def _looked_up(self, layer: LowbitLayer) -> str:
+    def _looked_up(self, layer: LowbitLayer, scale: Tensor) -> str:
         """Weights of a codebook format: codes to table entries, times the scale; constants that any runtime folds."""
-        spec, codes, scale = layer.weight_spec, layer.weight.codes, layer.weight_scale
+        spec, codes = layer.weight_spec, layer.weight.codes
         if spec.granularity.kind == "group":
             codes, scale = spec.granularity.blocks(codes), scale.unsqueeze(-1)
         if transposed := isinstance(layer, LowbitLinear):

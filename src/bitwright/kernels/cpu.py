@@ -17,7 +17,7 @@ from torch import Tensor
 from bitwright.errors import KernelError
 
 try:
-    from bitwright import _native as native  # pyright: ignore[reportAttributeAccessIssue]
+    import bitwright._native as native  # pyright: ignore[reportMissingImports]
 except ImportError:
     native: Any = None
 

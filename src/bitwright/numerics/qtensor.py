@@ -78,7 +78,7 @@ def quantize(x: Tensor, spec: QuantSpec, qparams: QParams | None = None) -> QTen
 
 
 def _decoded(scale: QTensor, shape: tuple[int, ...]) -> Tensor:
-    """A quantized scale in float32; one that was rounded to 0 becomes the smallest scale, so that nothing divides by 0."""
+    """A quantized scale in float32; one that was rounded to 0 becomes the smallest scale: nothing divides by 0."""
     return dequantize(scale).clamp(min=EPS).view(shape)
 
 

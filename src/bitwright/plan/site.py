@@ -100,7 +100,7 @@ def matching(pattern: str, sites: Iterable[Site]) -> list[Site]:
 
 
 def check_preparable(model: nn.Module) -> None:
-    """Raise `ModelError` for models whose parameters cannot be quantized: lazy, on meta, not float32, made by a hook."""
+    """Raise `ModelError` for models whose weights cannot be quantized: lazy, on meta, not float32, made by a hook."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} is a lazy parameter without a shape; run one batch through the model first")
