@@ -145,6 +145,41 @@ class Encoder(nn.Module):
         return self.layers(x)
 
 
+class ConvNorm(nn.Module):
+    """Convolution and batch norm; stride 2 pads right and bottom only, as TensorFlow's "same" does on even sizes."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1) -> None:
+        super().__init__()
+        self.uneven = kernel == 3 and stride == 2
+        padding = 1 if kernel == 3 and stride == 1 else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(F.pad(x, (0, 1, 0, 1)) if self.uneven else x))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1 of width 0.25 for 96x96 images and two classes (Howard 2017; MLPerf Tiny's visual wake words)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [8, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 256, 256]
+        strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+        self.stem = ConvNorm(3, 8, 3, 2)
+        layers = []
+        for inputs, outputs, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers += [ConvNorm(inputs, inputs, 3, stride, groups=inputs), ConvNorm(inputs, outputs, 1, 1)]
+        self.blocks = nn.ModuleList(layers)
+        self.fc = nn.Linear(256, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.relu(block(x))
+        return self.fc(x.mean((2, 3)))
+
+
 def settle_batchnorm(model: nn.Module, *shape: int) -> nn.Module:
     """Give a randomly initialised model's batch norms statistics of their own activations; eval mode."""
     model.train()

@@ -186,7 +186,8 @@ int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw
 void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
                uint8_t* out) {
     const int64_t total = conv_layout_bytes(o, c_per_group, kh, kw, groups);
-    require(total == 0 || (codes != nullptr && out != nullptr), "null pointer");
+    if (total == 0) return;
+    require(codes != nullptr && out != nullptr, "null pointer");
     std::memset(out, 0, static_cast<size_t>(total));
     const bool depthwise = is_depthwise(o, c_per_group, groups);
     const int64_t taps = kh * kw;

@@ -67,6 +67,14 @@ struct Gemm {
     int64_t y_stride;
 };
 
+// The blocks [begin, end) that a strip meets. Those up to next_end come next: this strip, number `part` of
+// `parts`, requests its share of them, so that memory works while the cores compute.
+struct Span {
+    int64_t begin, end;
+    int64_t next_end;
+    int64_t part, parts;
+};
+
 // Up to 16 channels of an image, read at `channel_stride` and written as interleaved bytes per pixel, in
 // whole words of 4 channels.
 struct Planes {
@@ -102,8 +110,7 @@ struct Kernels {
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
-    // For 8, 4 and 2 bit weights: blocks [begin, end); those up to next_end will be asked for next.
-    void (*gemm[3])(const Gemm& gemm, int64_t begin, int64_t end, int64_t next_end);
+    void (*gemm[3])(const Gemm& gemm, const Span& span);  // for 8, 4 and 2 bit weights
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
                 float* out);

@@ -159,34 +159,34 @@ BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block, 
     }
 }
 
-// All rows of a strip against the blocks [begin, end). Rows are dealt evenly to the tiles: 14 rows are 7 + 7,
-// not 12 + 2. The blocks up to `next_end` come next: each tile requests its part of them, so that memory
-// works while the tiles compute.
+// All rows of a strip against a span of blocks. Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not
+// 12 + 2.
 template <class S, int BITS>
-void gemm_strip(const Gemm& g, int64_t begin, int64_t end, int64_t next_end) {
+void gemm_strip(const Gemm& g, const Span& span) {
     const Ahead nothing{g.w, 0};
     const int64_t tiles = (g.rows + S::kTileRows - 1) / S::kTileRows;
+    const int64_t shares = tiles * span.parts;  // of the weights that come next
     const int64_t tile_bytes = S::kTileBlocks * g.block_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = g.rows * t / tiles;
         const int64_t rows = g.rows * (t + 1) / tiles - row;
-        int64_t block = begin;
+        int64_t block = span.begin;
         // Few rows have few accumulators: more blocks at a time hide the latency of the sums.
         if (rows <= S::kNarrowRows) {
-            for (; block + S::kNarrowBlocks <= end; block += S::kNarrowBlocks) {
+            for (; block + S::kNarrowBlocks <= span.end; block += S::kNarrowBlocks) {
                 tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block, nothing);
             }
         }
-        for (; block + S::kTileBlocks <= end; block += S::kTileBlocks) {
-            const int64_t next = block + (end - begin);
+        for (; block + S::kTileBlocks <= span.end; block += S::kTileBlocks) {
+            const int64_t next = block + (span.end - span.begin);
             Ahead ahead = nothing;
-            if (next + S::kTileBlocks <= next_end) {
-                ahead = {g.w + next * g.block_bytes + tile_bytes * t / tiles,
-                         S::kTileBlocks * kGroupBytes / tiles};
+            if (next + S::kTileBlocks <= span.next_end) {
+                const int64_t begin = tile_bytes * (span.part * tiles + t) / shares;
+                ahead = {g.w + next * g.block_bytes + begin, S::kTileBlocks * kGroupBytes / shares + 1};
             }
             tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block, ahead);
         }
-        for (; block < end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block, nothing);
+        for (; block < span.end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block, nothing);
     }
 }
 

@@ -49,8 +49,8 @@ void run_strips(const Kernels& kernels, const Work& work, bool by_blocks, const 
     for (int64_t begin = cols.begin; begin < cols.end; begin += slab) {
         const int64_t end = std::min(cols.end, begin + slab);
         for (int64_t i = rows.begin; i < rows.end; ++i) {
-            const int64_t next_end = i + 1 == rows.end ? cols.end : end;
-            kernels.gemm[weight_index(work.bits)](at(i), begin, end, next_end);
+            const Span span{begin, end, cols.end, i - rows.begin, rows.end - rows.begin};
+            kernels.gemm[weight_index(work.bits)](at(i), span);
         }
     }
 }

@@ -194,6 +194,12 @@ class Answer:
     features: Tensor
 
 
+@dataclass(slots=True)
+class SlimAnswer:
+    logits: Tensor
+    features: list[Tensor]
+
+
 class Heads(nn.Module):
     """Two heads over one trunk; ``kind`` decides how they are returned."""
 
@@ -207,6 +213,8 @@ class Heads(nn.Module):
         left, right = self.left(h), self.right(h)
         if self.kind == "dict":
             return {"left": left, "right": [right]}
+        if self.kind == "slots":
+            return SlimAnswer(left, [right])
         return Answer(left, right) if self.kind == "dataclass" else (left, right)
 
 

@@ -165,6 +165,13 @@ def test_trained_residual_cnn_equals_shipped(preset: str, rules: dict[str, str])
     assert unequal_kernels(simulated, [*batches, 3 * batches[0], image(1, 7)]) == []
 
 
+def test_weights_in_channels_last_memory_equal_shipped() -> None:
+    net, x = with_statistics(ResidualCnn()).to(memory_format=torch.channels_last), image(4, 9)
+    assert not net.stem.weight.is_contiguous()
+    simulated = trained(calibrated(net, "w4a4", [x]), [x])
+    assert unequal_kernels(simulated, [x, x.contiguous(memory_format=torch.channels_last)]) == []
+
+
 def test_trained_conv1d_net_equals_shipped() -> None:
     net = with_statistics(Conv1dNet())
     x = torch.randn(6, 2, 20)

@@ -181,6 +181,18 @@ def test_a_batch_with_one_value_per_channel_leaves_the_statistics_alone() -> Non
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
 
 
+def test_the_stored_variance_is_the_unbiased_one() -> None:
+    net, x = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6, momentum=1.0)), torch.randn(5, 12)
+    settle(net, x)
+    prepared = folded(net, x)
+    calibrate(prepared, [x])
+    with torch.no_grad():
+        prepared.train()(x)
+        expected = net[0](x).var(0, correction=1)
+    assert torch.allclose(net[1].running_var, expected)
+    assert (prepared[1].running_var / expected - 1).abs().max() < 0.05  # the biased one is 20 % smaller
+
+
 def test_a_norm_with_two_consumers_or_two_calls_is_not_folded() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

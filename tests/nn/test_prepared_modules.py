@@ -16,7 +16,7 @@ from bitwright.nn.quantizer import Stage
 from bitwright.nn.swap import SWAPS, register_module
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import OPERATORS
-from models import Conv1dNet, EmbeddingNet, Encoder, Mlp, ResidualCnn, TiedLm, image, with_statistics
+from models import Conv1dNet, EmbeddingNet, Encoder, Mlp, ResidualCnn, TiedLayers, TiedLm, image, with_statistics
 from nets import calibrated, layer_plan, layers_of, one_thread  # noqa: F401
 
 MODELS = {
@@ -104,10 +104,16 @@ def test_a_deep_copy_is_equal_and_independent() -> None:
 
 
 def test_tied_weights_stay_tied_and_share_one_quantizer() -> None:
+    net, x = TiedLayers(), torch.randn(4, 8)
+    simulated = calibrated(net, "w8a8", [x])
+    assert simulated.a.weight is simulated.b.weight
+    assert simulated.a.weight_quantizer is simulated.b.weight_quantizer
+    assert simulated.a.input_quantizer is not simulated.b.input_quantizer
+
+
+def test_a_tied_table_stays_tied_where_rules_quantize_both_ends() -> None:
     net, ids = TiedLm(), torch.randint(20, (2, 6))
-    plan = Plan.preset("w8a8", net, ids).with_sites({"*.weight": "int8/channel", "head.input": "uint8/asym"})
-    assert len(plan.shared) == 0  # the preset kept the head in float, so nothing was shared
-    net.head.weight = net.embedding.weight
+    plan = Plan.preset("w8a8", net, ids, sites={"*.weight": "int8/channel", "head.input": "uint8/asym"})
     simulated = calibrated(net, plan, [ids])
     assert simulated.head.weight is simulated.embedding.weight
     shipped = convert(simulated)

@@ -95,6 +95,17 @@ def test_each_phase_moves_what_its_row_of_the_table_says() -> None:
         assert {"conv2.weight", "norm2.weight"} <= moved
 
 
+def test_entering_a_phase_drops_the_gradients_of_what_it_freezes() -> None:
+    model, x = ready()
+    schedule = Schedule(steps=8, sensitivity={"conv2": 1.0})
+    schedule.apply(model, 5)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    schedule.apply(model, 6)  # as in a loop that sets its gradients to zero only afterwards
+    left = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert left == trainable(model) == {"conv2.weight", "conv2.bias", "norm2.weight", "norm2.bias"}
+
+
 def test_the_most_sensitive_layers_go_on_training() -> None:
     model, _ = ready()
     errors = weight_errors(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -148,7 +148,9 @@ def _tensors(out: Any) -> list[Tensor]:
     """Tensors of an output; dataclass-like outputs of model libraries are mappings or have ``__dict__``."""
     leaves = tree_leaves(out)
     for leaf in list(leaves):
-        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__"):
+        if is_dataclass(leaf):  # with or without slots
+            leaves.extend(tree_leaves([getattr(leaf, part.name) for part in fields(leaf)]))
+        elif not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__"):
             leaves.extend(tree_leaves(list(vars(leaf).values())))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
