@@ -4,9 +4,9 @@
 // and the window is a list of runs, one per filter row where its pixels are adjacent (no dilation, one
 // group), else one per tap. No copy of the windows is made.
 //
-// Packed weights, dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c
-// padded to 4. Packed weights, depthwise (one channel per group, o == groups): [kh * kw][channels rounded up
-// to 16] signed bytes.
+// Packed weights
+//   dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c padded to 4;
+//   depthwise (one channel per group, o == groups): [kh * kw][channels rounded up to 16] signed bytes.
 #include <cstring>
 
 #include "conv_input.h"

@@ -8,17 +8,18 @@
 //   consecutive k, row-major, so 64 bytes hold the codes of lane r at bytes 4r..4r+3. Blocks follow each
 //   other, each `block_bytes` long.
 //     8 bit: 64 bytes = one step; signed codes w.
-//     4 bit: 64 bytes = two steps; unsigned w + 8, the low nibble is the even step, the high nibble the odd
-//     one. 2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
+//     4 bit: 64 bytes = two steps; unsigned w + 8, low nibble = even step, high nibble = odd step.
+//     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
 //   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
 //   padding holds the code 0. Convolutions: see conv.cpp.
 //
 // Quantized activations are bytes
 //   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no
-//   row sums, and padding weights (0) make any padding activation harmless. 4 and 2 bit weights: code - (qmax
-//   > 127 ? 128 : 0), signed, padded with 0; here the weights are the unsigned side, which saves their sign
-//   extension, and the row term carries 8 (or 2) times the sum of the row. Either way   sum_k (code - z) * w
-//   =  dot - constant - zero * w_sum   modulo 2^32, with the terms of `RowTerms`.
+//   row sums, and padding weights (0) make any padding activation harmless.
+//   4 and 2 bit weights: code - (qmax > 127 ? 128 : 0), signed, padded with 0. Here the weights are the
+//   unsigned side, which saves their sign extension, and the row term carries 8 (or 2) times the row's sum.
+//   Either way, modulo 2^32 and with the terms of `RowTerms`:
+//     sum_k (code - z) * w  =  dot - constant - zero * w_sum
 #pragma once
 
 #include <cstdint>

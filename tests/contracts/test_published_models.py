@@ -53,7 +53,6 @@ def check_contracts(simulated: nn.Module, inputs: list[Tensor]) -> None:
                 assert torch.equal(shipped.get_submodule(path).weight.codes.float(), codes), path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_resnet20_ships_what_was_trained(shared_data: Path, name: str) -> None:
     x = images(shared_data, 24)
@@ -66,7 +65,6 @@ def test_resnet20_ships_what_was_trained(shared_data: Path, name: str) -> None:
     check_contracts(simulated, [x[:8], x[8:9]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "rules"),
     [

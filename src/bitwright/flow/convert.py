@@ -95,7 +95,7 @@ def _pack_weight(layer: QLayer, packed: dict[tuple[int, int], QTensor]) -> tuple
             quantizer.spec,
             tuple(weight.shape),
         )
-    return packed[key], bias
+    return packed[key], layer.on_grid(bias)
 
 
 def _activation(quantizer: Quantizer) -> Activation:

@@ -65,7 +65,7 @@ class _QConv(QLayer):
             filters: Codes = quantize_weight(weight)
             if filters.values.dim() == 3:
                 filters = filters._replace(values=filters.values.unsqueeze(2))
-            out = restore(reference.conv2d(quantize_input(images), filters, bias, geometry_of(self)))
+            out = restore(reference.conv2d(quantize_input(images), filters, self.on_grid(bias), geometry_of(self)))
         self.track(out)
         return out
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.numerics.affine import round_ste
 
 
 class QLayer(nn.Module):
@@ -67,6 +68,20 @@ class QLayer(nn.Module):
         bias = start * factor + (0.0 if norm.bias is None else norm.bias.double())
         shape = (-1, *[1] * (self.weight.dim() - 1))
         return self.weight * factor.float().view(shape), bias.float()
+
+    def on_grid(self, bias: Tensor | None) -> Tensor | None:
+        """The bias as an integer runtime holds it: a multiple of ``s_x * s_w``, the step of the accumulator.
+
+        Layers whose input scale is not known before the call keep their float bias.
+        """
+        weight, input = self.weight_quantizer, self.input_quantizer
+        if bias is None or not self.integer_product or weight is None or input is None or input.spec.dynamic:
+            return bias
+        step_w, step_x = weight.qparams, input.qparams
+        assert step_w is not None
+        assert step_x is not None
+        step = (step_x.scale * step_w.scale.view(-1)).detach()
+        return round_ste(bias / step) * step
 
     @torch.no_grad()
     def track(self, out: Tensor) -> None:

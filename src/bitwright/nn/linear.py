@@ -21,7 +21,7 @@ class QLinear(QLayer, nn.Linear):
                 quantize_input.observe(input)
             return F.linear(input, weight, bias)
         if quantize_input is not None and self.integer_product:
-            out = reference.linear(quantize_input(input), quantize_weight(weight), bias)
+            out = reference.linear(quantize_input(input), quantize_weight(weight), self.on_grid(bias))
         else:
             values = input if quantize_input is None else quantize_input.simulate(input)
             out = F.linear(values, quantize_weight.simulate(weight), bias)

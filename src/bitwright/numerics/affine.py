@@ -40,6 +40,15 @@ class _RoundSTE(torch.autograd.Function):
         return grads[0]
 
 
+def round_ste(x: Tensor) -> Tensor:
+    """``rint(x)`` with the gradient of the identity.
+
+    >>> round_ste(torch.tensor([0.5, 1.5, 2.4])).tolist()
+    [0.0, 2.0, 2.0]
+    """
+    return _RoundSTE.apply(x)  # type: ignore[no-any-return]
+
+
 def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Scale and zero point for values in ``[lo, hi]``, one pair per entry.
 
