@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitwright.flow.convert import convert
+from bitwright.lowbit.layer import LowbitLayer
 from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer
+from bitwright.plan.plan import Plan
 from nets import calibrated, layer_plan, layers_of, one_thread  # noqa: F401
 
 
@@ -39,6 +42,12 @@ def dequantized(x: Tensor, quantizer: Quantizer, scale: Tensor, count: float) ->
     shift = 0.0 if quantizer.zero_point is None else quantizer.zero_point.item()
     gain = 1 / math.sqrt(count * fmt.qmax)
     return Textbook.apply(x, scale, fmt.qmin - shift, fmt.qmax - shift, gain)  # type: ignore[no-any-return]
+
+
+def on_grid(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """The bias rounded to the accumulator's step, with the gradient of the bias itself."""
+    step = (input_scale * weight_scale.view(-1)).detach()
+    return bias + ((bias / step).round() * step - bias).detach()
 
 
 def learning(simulated: nn.Module) -> QLayer:
@@ -73,7 +82,7 @@ def test_linear_gradients_are_those_of_the_textbook(weight: str, input: str) -> 
     out = F.linear(
         dequantized(again[0], layer.input_quantizer, again[3], 5 * 24),
         dequantized(again[1], layer.weight_quantizer, again[4], per_scale),
-        again[2],
+        on_grid(again[2], again[3], again[4]),
     )
     assert torch.allclose(out, layer(x), atol=1e-4)
     (out * direction).sum().backward()
@@ -113,6 +122,23 @@ def test_embedding_gradients_are_those_of_the_textbook() -> None:
     for leaf, expected in zip(leaves, again, strict=True):
         close(leaf.grad, expected.grad)
     assert layer.weight.grad[[2, 4, 5, 6]].abs().max() == 0
+
+
+def test_a_shipped_bias_is_a_multiple_of_the_accumulators_step_where_that_is_known() -> None:
+    x = torch.randn(6, 24)
+    for layer in (nn.Linear(24, 8), nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8))):
+        layer.train()(x)
+        plan = Plan.preset("w4a4", layer, x) if isinstance(layer, nn.Sequential) else None
+        simulated = calibrated(layer, plan or layer_plan(layer, "int4/channel", "uint4/asym"), [x])
+        [inner] = layers_of(simulated).values()
+        [shipped] = [m for m in convert(simulated).modules() if isinstance(m, LowbitLayer)]
+        step = shipped.input_scale * shipped.weight_scale.view(-1)
+        float_bias = inner.folded()[1]
+        assert ((shipped.bias - float_bias).abs() <= 0.5001 * step).all()
+        assert torch.equal((shipped.bias / step).round() * step, shipped.bias)
+        assert not torch.equal(shipped.bias, float_bias)
+    dynamic = calibrated(nn.Linear(24, 8), layer_plan(nn.Linear(1, 1), "int4/channel", "int8/token/dynamic"), [])
+    assert torch.equal(convert(dynamic).bias, dynamic.bias)
 
 
 def test_a_fixed_scale_gets_no_gradient_and_x_gets_torchs_own() -> None:

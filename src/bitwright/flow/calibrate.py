@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +17,7 @@ from bitwright.graph.dataflow import call, evaluating
 from bitwright.nn.elementwise import QAdd
 from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.observe.histogram import all_reduce
 
 
 def calibrate(
@@ -43,8 +45,7 @@ def calibrate(
                     f"calibration got no batches, but {len(static)} activations have static ranges "
                     f"({static[0].site} first); pass at least one batch"
                 )
-            if count:
-                _check_hits(hits)
+            _check_hits(hits, needed=count > 0)
             for quantizer in _inputs(layers.values()):
                 quantizer.finish()
             for layer in layers.values():
@@ -104,9 +105,12 @@ def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def _check_hits(hits: dict[str, int]) -> None:
-    missed = [name for name, count in hits.items() if not count]
-    if missed:
+def _check_hits(hits: dict[str, int], *, needed: bool) -> None:
+    """Every layer must have run on some rank; ranks decide alike, or one would wait for the others forever."""
+    counts = torch.tensor([*hits.values(), int(needed)])
+    all_reduce(counts, dist.ReduceOp.SUM)
+    missed = [name for name, count in zip(hits, counts.tolist(), strict=False) if not count]
+    if missed and counts[-1]:
         raise CalibrationError(
             f"{len(missed)} of {len(hits)} quantized modules never ran during calibration: {', '.join(missed[:8])}"
             f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'"

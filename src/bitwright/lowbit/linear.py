@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bitwright.errors import KernelError
 from bitwright.lowbit.layer import LowbitLayer
 
 
@@ -13,5 +14,7 @@ class LowbitLinear(LowbitLayer):
     op = "linear"
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's output, float32."""
+        """The layer's output, float32; raises `KernelError` for another number of input features."""
+        if input.shape[-1] != self.shape[1]:
+            raise KernelError(f"this layer takes {self.shape[1]} input features, got a tensor of {list(input.shape)}")
         return self.kernel.run(input, self.constants, self.weight_spec, self.bias, self.input)

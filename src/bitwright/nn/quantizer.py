@@ -78,10 +78,11 @@ class Quantizer(nn.Module):
 
     def finish(self) -> None:
         """Take the scale from what was observed, on all ranks alike, and start to simulate."""
-        if self.observer is not None:
-            self.observer.reduce()
+        if not self.spec.dynamic:
+            observer = self.observer or make_observer(self.observer_name)  # a rank without data takes part all the same
+            observer.reduce()
             try:
-                self.set_qparams(self.observer.qparams(self.spec))
+                self.set_qparams(observer.qparams(self.spec))
             except CalibrationError as cause:
                 raise CalibrationError(f"{self.site}: {cause}") from cause
             self.observer = None

@@ -124,38 +124,36 @@ class Ema:
         return choose_qparams(lo.view(1), hi.view(1), spec)
 
 
+class _OnHistogram:
+    """Observers that decide on the histogram of all values."""
+
+    def __init__(self) -> None:
+        self.histogram = Histogram()
+
+    def update(self, x: Tensor) -> None:
+        self.histogram.update(x)
+
+    def reduce(self) -> None:
+        self.histogram.reduce()
+
+
 @register_observer("percentile")
-class Percentile:
+class Percentile(_OnHistogram):
     """The range that holds ``percent`` % of all values, half of the rest cut at either end."""
 
     def __init__(self, percent: float = 99.99) -> None:
+        super().__init__()
         if not 50 < percent <= 100:
             raise ValueError(f"the percentile must lie above 50 and at most at 100, got {percent}")
         self.tail = (100 - percent) / 200
-        self.histogram = Histogram()
-
-    def update(self, x: Tensor) -> None:  # noqa: D102
-        self.histogram.update(x)
-
-    def reduce(self) -> None:  # noqa: D102
-        self.histogram.reduce()
 
     def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
         return choose_qparams(self.histogram.quantile(self.tail), self.histogram.quantile(1 - self.tail), spec)
 
 
 @register_observer("mse")
-class Mse:
+class Mse(_OnHistogram):
     """The clipping range with the least mean squared quantization error, found on a histogram."""
-
-    def __init__(self) -> None:
-        self.histogram = Histogram()
-
-    def update(self, x: Tensor) -> None:  # noqa: D102
-        self.histogram.update(x)
-
-    def reduce(self) -> None:  # noqa: D102
-        self.histogram.reduce()
 
     def qparams(self, spec: QuantSpec) -> QParams:  # noqa: D102
         values, counts = self.histogram.points()

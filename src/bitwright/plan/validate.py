@@ -6,7 +6,7 @@ Every message names the site, what was asked, what was found and what to do.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
@@ -18,11 +18,18 @@ from bitwright.observe.observer import make_observer
 from bitwright.plan.site import SLOTS, Site, matching, operator_of, unknown_subclass
 from bitwright.plan.target import get_target, spelled
 
-if TYPE_CHECKING:
-    from bitwright.plan.plan import Plan
+
+class Decisions(Protocol):
+    """The parts of a `Plan` that are checked here."""
+
+    target: str
+    sites: dict[Site, QuantSpec | None]
+    observers: dict[str, str]
+    folds: dict[str, str]
+    why: dict[Site, str]
 
 
-def validate(plan: Plan, model: nn.Module) -> None:
+def validate(plan: Decisions, model: nn.Module) -> None:
     """Raise `PlanError` or `ModelError` unless every decision of ``plan`` can run on ``model`` and its target."""
     if not any(operator_of(module) for module in model.modules()) and not plan.sites:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
@@ -44,7 +51,7 @@ def validate(plan: Plan, model: nn.Module) -> None:
         )
 
 
-def _check_observers(plan: Plan) -> None:
+def _check_observers(plan: Decisions) -> None:
     if set(plan.observers) != {"weight", "input"}:
         raise PlanError(f"observers are chosen for weight and input, found {', '.join(plan.observers) or 'none'}")
     if plan.observers["weight"] not in WEIGHT_OBSERVERS:
@@ -57,7 +64,7 @@ def _check_observers(plan: Plan) -> None:
         raise PlanError(f"observer of inputs: {cause}") from cause
 
 
-def _check_layer(plan: Plan, model: nn.Module, path: str) -> None:
+def _check_layer(plan: Decisions, model: nn.Module, path: str) -> None:
     slots = [site.slot for site in plan.sites if site.path == path]
     weight, input = plan.sites.get(Site(path, "weight")), plan.sites.get(Site(path, "input"))
     if re.fullmatch(r"add_\d+", path.rpartition(".")[2]) and "input.0" in slots:
