@@ -3,7 +3,7 @@
 Calibration: 512 training images. Validation (chooses the kept QAT state): 2,000 other training images. Test: the 10,000
 test images, read once at the end. Writes results/resnet20.json.
 
-    python benchmarks/resnet20.py [--steps 600] [--train-images 20000]
+    python benchmarks/resnet20.py [--steps 400] [--train-images 20000]
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def report(name: str, float_scores: Tensor, model: nn.Module, test: list[tuple[T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--train-images", type=int, default=20_000)
     args = parser.parse_args()
     torch.manual_seed(0)

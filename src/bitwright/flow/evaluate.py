@@ -102,10 +102,15 @@ class LayerDifference:
 
 
 def compare(model: nn.Module, other: nn.Module, batch: Any, paths: Iterable[str]) -> list[LayerDifference]:
-    """Differences of the modules at ``paths`` between two models on one batch; sqnr is infinite where equal."""
+    """Differences of the modules at ``paths`` between two models on one batch; sqnr is infinite where equal.
+
+    Raises `NumericsError` for a path that one of the models does not have, or whose module gave no tensor.
+    """
     paths = list(paths)
     left, right = outputs_of(model, batch, paths), outputs_of(other, batch, paths)
-    return [difference(path, left[path], right[path]) for path in paths if path in left and path in right]
+    if missing := [path for path in paths if path not in left or path not in right]:
+        raise NumericsError(f"{missing[0]} gave no tensor in one of the models; compare modules that both of them run")
+    return [difference(path, left[path], right[path]) for path in paths]
 
 
 def difference(path: str, before: Tensor, after: Tensor) -> LayerDifference:
@@ -117,7 +122,7 @@ def difference(path: str, before: Tensor, after: Tensor) -> LayerDifference:
 
 
 def outputs_of(model: nn.Module, batch: Any, paths: Iterable[str]) -> dict[str, Tensor]:
-    """Outputs (of their last call) of the modules at ``paths`` in one forward in eval mode."""
+    """Outputs (of their last call) of the modules at ``paths`` that exist and ran, in one forward in eval mode."""
     found: dict[str, Tensor] = {}
 
     def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -127,7 +132,8 @@ def outputs_of(model: nn.Module, batch: Any, paths: Iterable[str]) -> dict[str, 
 
         return hook
 
-    hooks = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    modules = dict(model.named_modules())
+    hooks = [modules[path].register_forward_hook(keep(path)) for path in paths if path in modules]
     try:
         with torch.no_grad(), evaluating(model):
             call(model, batch)

@@ -61,7 +61,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     (0.011882, 84.0)
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
-    if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
+    # a compiled graph cannot branch on data; there, dynamic scales pass NaN on instead of raising
+    if not torch.compiler.is_compiling() and not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
         raise NumericsError(f"cannot choose a scale for {spec}: a range bound is NaN or infinite; clean the data first")
     fmt = spec.format
     if fmt.dtype is not None:

@@ -202,8 +202,8 @@ def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
             if (spec := out.sites.get(site)) is not None and not spec.dynamic:
                 consumers.setdefault(source, []).append(site)
     weights: dict[tuple[int, str | None], list[Site]] = {}
-    for site, spec in out.sites.items():
-        if site.is_weight and spec is not None:
+    for site in out.sites:  # float ones too: a rule may quantize both ends of a tie later
+        if site.is_weight and unknown_subclass(model.get_submodule(site.path)) is None:
             key = (id(model.get_submodule(site.path).weight), out.folds.get(site.path))
             weights.setdefault(key, []).append(site)
     for group in (*consumers.values(), *weights.values()):
