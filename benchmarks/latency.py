@@ -40,7 +40,9 @@ def main() -> None:
         models = {"float": model} | {preset: shipped(model, preset, example) for preset in presets}
         for batch in (1, 8):
             for row in bw.measure(models, example[:batch], rounds=rounds):
-                print(f"{name:10s} batch {batch} {row.name:13s} {1e3 * row.seconds:8.2f} ms  {row.speed}  {row.bytes:,} B")
+                print(
+                    f"{name:10s} batch {batch} {row.name:13s} {1e3 * row.seconds:8.2f} ms  {row.speed}  {row.bytes:,} B"
+                )
                 key = f"{name} batch {batch} {row.name}"
                 results[key] = {"ms": 1e3 * row.seconds, "speed": row.speed.median, "bytes": row.bytes} | {
                     "speed 10 %": row.speed.low,

@@ -81,7 +81,7 @@ def cells(row: Row, *, percent: bool) -> tuple[str, ...]:
 
 def to_table(report: Report) -> Table:
     """The report's rows for the terminal, speeds without their spread; columns that no row fills are left out."""
-    table = Table(title=report.title, box=box.SIMPLE_HEAD)
+    table = Table(title=report.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     kept = filled(report)
     for index in kept:
         table.add_column(COLUMNS[index].replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
