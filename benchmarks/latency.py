@@ -1,6 +1,6 @@
 """README claim: speed of converted int8 models against float PyTorch eager, in alternating runs.
 
-ResNet-18-shaped (224x224, batch 1 and 8) and BERT-base-shaped (12 layers, 128 tokens, batch 1 and 8), random weights, so
+ResNet-18-shaped (224x224, batch 1 and 8) and BERT-base-shaped (12 layers, 128 tokens, batch 1 and 8), random weights:
 this times shapes, not accuracy. Writes results/latency.json.
 
     python benchmarks/latency.py [--rounds 20]
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from models import Encoder, ResNet, settle_batchnorm
-from results import write
 from torch import nn
 
 import bitwright as bw
+from models import Encoder, ResNet, settle_batchnorm
+from results import write
 
 
 def shipped(model: nn.Module, preset: str, example: torch.Tensor) -> nn.Module:

@@ -1,6 +1,6 @@
 """README claim: the exported ONNX file gives the same answers in ONNX Runtime as the converted model, layer by layer.
 
-ResNet20 fine-tuned on JPEG CIFAR-10, 512 training images for calibration, 2,000 test images for the comparison; and the
+ResNet20 fine-tuned on JPEG CIFAR-10, 512 training images for calibration, 2,000 test images to compare; and the
 MobileNetV1 of the visual wake words task on CIFAR-10 test images enlarged to 96x96 (other data than it was trained on: only
 the agreement of two runtimes is judged). Writes results/onnx_parity.json.
 
@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from data import jpeg_cifar10, shared
-from models import CifarResNet, MobileNetV1
-from results import write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitwright as bw
 from bitwright.export.parity import parity
+from data import jpeg_cifar10, shared
+from models import CifarResNet, MobileNetV1
+from results import write
 
 MIXED = {"layer1.*.weight": "int4/channel", "layer2.*.conv1.weight": "ternary/channel"}
 

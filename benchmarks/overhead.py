@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from models import ResNet
-from results import write
 
 import bitwright as bw
+from models import ResNet
+from results import write
 
 TASKS = ("forward", "record", "calibrate")
 
@@ -54,7 +54,10 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(growth(sys.argv[1]))
         return
-    runs = {task: subprocess.run([sys.executable, __file__, task], capture_output=True, text=True) for task in TASKS}
+    runs = {
+        task: subprocess.run([sys.executable, __file__, task], capture_output=True, text=True, check=True)
+        for task in TASKS
+    }
     grown = {task: int(run.stdout) for task, run in runs.items()}
     results: dict[str, object] = {}
     for task, size in grown.items():

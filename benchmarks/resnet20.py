@@ -12,13 +12,13 @@ import argparse
 import time
 
 import torch
-from data import jpeg_cifar10, shared
-from models import CifarResNet
-from results import write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitwright as bw
+from data import jpeg_cifar10, shared
+from models import CifarResNet
+from results import write
 
 CALIBRATION, VALIDATION = 512, 2000
 
