@@ -1,8 +1,8 @@
 """README claim: the exported ONNX file gives the same answers in ONNX Runtime as the converted model, layer by layer.
 
-ResNet20 fine-tuned on JPEG CIFAR-10: 512 training images for calibration, 2,000 test images to compare. MobileNetV1 of the
-visual wake words task on CIFAR-10 test images enlarged to 96x96: other data than it was trained on, so only the agreement
-of two runtimes is judged. Writes results/onnx_parity.json.
+ResNet20 fine-tuned on JPEG CIFAR-10: 512 training images for calibration, 2,000 test images to compare. MobileNetV1 of
+the visual wake words task on CIFAR-10 test images enlarged to 96x96: other data than it was trained on, so only the
+agreement of two runtimes is judged. Writes results/onnx_parity.json.
 
     python benchmarks/onnx_parity.py
 """
