@@ -179,7 +179,7 @@ def _quantize(model: nn.Module, data: Digits, progress: Progress) -> list[_Versi
     versions.append(_Version("w4a4 QAT", trained, convert(trained)))
     task = progress.add_task("mixed w4a4 / w8a8", total=1)
     mixed = quantize_model(
-        model, x[:512].split(128), lambda m: evaluate(m, data.validation, log_likelihood), max_drop=0.03, preset="w4a4"
+        model, x[:512].split(128), lambda m: evaluate(m, data.validation, log_likelihood), max_drop=0.01, preset="w4a4"
     )
     simulated = prepare(model, mixed.plan)
     calibrate(simulated, x[:512].split(128))

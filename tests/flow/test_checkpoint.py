@@ -255,6 +255,7 @@ def killed_at(step: int, number: int, action: Callable[[], None]) -> Callable[[]
                 if seen == step:
                     os.kill(os.getpid(), number)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
         sys.addaudithook(audit)
         action()
 
