@@ -17,7 +17,7 @@ from bitwright.kernels.cpu import cpu_features
 from bitwright.nn.layer import QLayer
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import SLOTS, Site, operator_of
+from bitwright.plan.site import Site, slots_of
 from bitwright.train.schedule import Schedule
 
 # Sets of CPU features under which `convert` takes other kernels; only those that this machine can run.
@@ -118,9 +118,9 @@ class MobileNetV1(nn.Module):
 
 def layer_plan(layer: nn.Module, weight: str, input: str | None = None) -> Plan:
     """The plan of a model that is a single layer."""
-    slots = SLOTS[operator_of(layer) or ""]
-    specs = {slot: QuantSpec.parse(weight) if slot == "weight" else input and QuantSpec.parse(input) for slot in slots}
-    sites = {Site("", slot): spec or None for slot, spec in specs.items()}
+    sites = [Site("", slot) for slot in slots_of(layer)]
+    specs = {site: weight if site.is_weight else input for site in sites}
+    sites = {site: QuantSpec.parse(text) if text else None for site, text in specs.items()}
     return Plan("cpu", sites, {"weight": "minmax", "input": "minmax"})  # a search for the range is slow
 
 

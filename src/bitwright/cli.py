@@ -37,7 +37,7 @@ from bitwright.kernels.cpu import cpu_features
 from bitwright.kernels.table import KERNELS
 from bitwright.kernels.table import explain as explain_kernels
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import SLOTS, Site, matching, operator_of
+from bitwright.plan.site import Site, matching, operator_of
 from bitwright.train.loop import train as train_model
 from bitwright.train.schedule import Schedule
 from bitwright.userspec import load_object
@@ -234,7 +234,7 @@ def doctor() -> None:
         "built" if features else "not built: torch reference kernels run instead (install a C++ compiler)",
     )
     table.add_row("instruction sets", ", ".join(sorted(features - {"native"})) or "portable")
-    for op in SLOTS:
+    for op in dict.fromkeys(row.op for row in KERNELS):
         names = [row.name for row in KERNELS if row.op == op and row.requires <= features]
         table.add_row(f"{op} kernels", ", ".join(names))
     for package, extra in (

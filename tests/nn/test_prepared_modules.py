@@ -41,7 +41,9 @@ def test_keys_are_those_of_the_float_model_plus_quantizers(kind: str) -> None:
             added[name] = value
     assert not own
     assert added
-    assert all(name.split(".")[-2].split("_quantizer")[0] in ("weight", "input") for name in added)
+    assert all(
+        name.split(".")[-2].split("_quantizer")[0] in ("weight", "input", "input_0", "input_1") for name in added
+    )
     assert {name.split(".")[-1] for name in added} <= {"scale", "zero_point"}
     missing, unexpected = prepared.load_state_dict(net.state_dict(), strict=False)
     assert set(missing) == set(added)

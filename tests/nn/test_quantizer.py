@@ -108,7 +108,8 @@ def test_learning_a_scale_does_not_change_a_value() -> None:
         learned = quantizer(x)
         assert torch.equal(learned.values, fixed.values)
         assert torch.equal(learned.scale, fixed.scale)
-        assert learned.scale.requires_grad
+        assert learned.values.requires_grad
+        assert not learned.scale.requires_grad  # the codes carry the whole gradient
 
 
 def test_a_quantizer_says_what_it_is() -> None:

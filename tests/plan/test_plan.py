@@ -48,6 +48,7 @@ def plans(draw: st.DrawFn) -> Plan:
         draw(st.sampled_from(["cpu", "onnxruntime"])),
         chosen,
         {"weight": draw(st.sampled_from(["mse", "minmax"])), "input": draw(names)},
+        {"weight": "lsq", "input": draw(st.sampled_from(["lsq", "lsq+"])), "*.input": "fixed"},
         draw(st.dictionaries(st.sampled_from(quantized), names, max_size=3)) if quantized else {},
         dict(draw(st.lists(st.sampled_from(equal), max_size=3))) if equal else {},
         {site: draw(st.text(st.characters(exclude_categories=("Cs",)), max_size=30)) for site in chosen},
@@ -81,6 +82,10 @@ def test_the_file_reads_like_the_documented_one():
         "[observers]\n"
         '"weight" = "mse"\n'
         '"input" = "mse"\n'
+        "\n"
+        "[ranges]\n"
+        '"weight" = "lsq"\n'
+        '"input" = "lsq"\n'
         "\n"
         "[sites]\n"
         '"0.weight" = "int8/channel"\n'
@@ -167,11 +172,11 @@ def test_explanations_say_decision_reason_range_sharing_and_fold():
     plan = cnn_plan(observers={"weight": "minmax", "input": "percentile:99.9"})
     assert (
         plan.explain("stem.weight")
-        == "stem.weight: int8/channel\n  why: preset w8a8\n  range: minmax\n  holds batch norm bn"
+        == "stem.weight: int8/channel\n  why: preset w8a8\n  range: minmax\n  in training: lsq\n  holds batch norm bn"
     )
     assert plan.explain(Site("layers.1.down.0", "input")) == (
         "layers.1.down.0.input: uint8/asym\n  why: preset w8a8\n  range: percentile:99.9\n"
-        "  shares the quantizer of layers.1.conv1.input"
+        "  in training: lsq\n  shares the quantizer of layers.1.conv1.input"
     )
     assert plan.explain("fc.weight") == "fc.weight: float\n  why: the classifier stays in float by default"
     dynamic = Plan.preset("w8a8-dynamic", Mlp(), torch.randn(1, 16))
@@ -243,7 +248,7 @@ DAMAGED = {
     "other version": ("version = 2\n", "found version = 2 and no other tables"),
     "other table": (
         HEAD + "[steps]\n[site]\n",
-        "the tables observers, sites, folds, shared, why; found .* and site, steps",
+        "the tables observers, ranges, sites, folds, shared, why; found .* and site, steps",
     ),
     "empty": ("", "found version = None"),
     "unknown target": ('version = 1\ntarget = "tpu"\n', "unknown target 'tpu'; known targets: cpu, onnxruntime"),

@@ -28,8 +28,7 @@ from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
-from bitwright.nn.elementwise import QAdd
-from bitwright.nn.layer import QLayer
+from bitwright.nn.layer import Simulated
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -96,7 +95,7 @@ def zero_pads(layer: LowbitConv) -> list[int]:
 
 def lowbit_layers(model: nn.Module) -> dict[str, Lowbit]:
     """The low-bit layers of a converted model by path; raises `ExportError` for a float or simulated model."""
-    if any(isinstance(module, (QLayer, QAdd)) for module in model.modules()):
+    if any(isinstance(module, Simulated) for module in model.modules()):
         raise ExportError("this model simulates its low-bit layers; export what bitwright.convert(model) returns")
     found: dict[str, Lowbit] = {}
     for path, module in model.named_modules():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,25 +15,34 @@ from torch.utils._pytree import tree_leaves
 from bitwright.errors import BitwrightError, CalibrationError
 from bitwright.flow.prepare import plan_of
 from bitwright.graph.dataflow import call, evaluating
-from bitwright.nn.elementwise import QAdd
-from bitwright.nn.layer import QLayer
+from bitwright.nn.layer import Simulated, quantizer_name
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.observe.histogram import all_reduce
+from bitwright.plan.site import Site
+from bitwright.plan.validate import validate
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any] = (), *, forward: Callable[[nn.Module, Any], Any] = call
-) -> None:
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    *,
+    forward: Callable[[nn.Module, Any], Any] = call,
+    unseen: Literal["raise", "dynamic"] = "raise",
+) -> list[str]:
     """Choose all scales of a prepared model, in place: activations from ``batches``, weights from themselves.
 
     A batch is what the model takes (a tensor, a tuple of positional or a dict of keyword arguments); for other data
     pass ``forward``, e.g. ``lambda model, batch: model(batch[0])``. Plans without static activations need no batches.
-    Runs in eval mode without gradients. Raises `CalibrationError` for no batches, values that are not finite,
-    batches that do not fit, and modules that never ran; the model then still computes in float.
+    Runs in eval mode without gradients. Returns the paths of quantized modules that no batch reached: with
+    ``unseen="dynamic"`` their activations take their range from each live tensor from now on, in model and plan; with
+    ``"raise"`` they are an error. Raises `CalibrationError` for no batches, values that are not finite, batches that do
+    not fit, and modules that never ran; the model then still computes in float.
     """
+    if unseen not in ("raise", "dynamic"):
+        raise CalibrationError(f"unseen must be 'raise' or 'dynamic', got {unseen!r}")
     plan_of(model)
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QLayer, QAdd))}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Simulated)}
     if not layers:
         raise CalibrationError("this model has no simulated layers: it was converted already; calibrate before convert")
     static = [q for q in _inputs(layers.values()) if not q.spec.dynamic]
@@ -45,15 +55,21 @@ def calibrate(
                     f"calibration got no batches, but {len(static)} activations have static ranges "
                     f"({static[0].site} first); pass at least one batch"
                 )
-            _check_hits(hits, needed=count > 0)
+            missed = _missed(hits, needed=count > 0)
+            if unseen == "raise":
+                _refuse(missed, len(hits))
+            _fall_back(model, layers, missed)
             for quantizer in _inputs(layers.values()):
                 quantizer.finish()
             for layer in layers.values():
-                if isinstance(layer, QLayer) and layer.weight_quantizer is not None:
-                    layer.weight_quantizer.fit(layer.folded()[0])
+                for slot, weight in layer.quantized_weights().items():
+                    quantizer = layer.quantizer(slot)
+                    assert quantizer is not None
+                    quantizer.fit(weight)
     except BaseException:
         _set_stage(quantizers, Stage.FLOAT)
         raise
+    return missed
 
 
 def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
@@ -76,15 +92,10 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module,
     return count
 
 
-def _inputs(layers: Iterable[nn.Module]) -> list[Quantizer]:
-    """All input quantizers once, shared ones included once."""
-    found: dict[int, Quantizer] = {}
-    for layer in layers:
-        names = ("input_quantizer_0", "input_quantizer_1") if isinstance(layer, QAdd) else ("input_quantizer",)
-        for quantizer in (getattr(layer, name) for name in names):
-            if quantizer is not None:
-                found[id(quantizer)] = quantizer
-    return list(found.values())
+def _inputs(layers: Iterable[Simulated]) -> list[Quantizer]:
+    """All quantizers of activations once, shared ones included once."""
+    found = (child for layer in layers for child in layer.children() if isinstance(child, Quantizer))
+    return list(dict.fromkeys(quantizer for quantizer in found if not quantizer.is_weight))
 
 
 @contextmanager
@@ -105,16 +116,41 @@ def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def _check_hits(hits: dict[str, int], *, needed: bool) -> None:
-    """Every layer must have run on some rank; ranks decide alike, or one would wait for the others forever."""
+def _missed(hits: dict[str, int], *, needed: bool) -> list[str]:
+    """Layers that ran on no rank; ranks decide alike, or one would wait for the others forever."""
     counts = torch.tensor([*hits.values(), int(needed)])
     all_reduce(counts, dist.ReduceOp.SUM)
-    missed = [name for name, count in zip(hits, counts.tolist(), strict=False) if not count]
-    if missed and counts[-1]:
+    return [name for name, count in zip(hits, counts.tolist(), strict=False) if not count] if counts[-1] else []
+
+
+def _refuse(missed: list[str], total: int) -> None:
+    if missed:
         raise CalibrationError(
-            f"{len(missed)} of {len(hits)} quantized modules never ran during calibration: {', '.join(missed[:8])}"
-            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, or set their sites to 'float'"
+            f"{len(missed)} of {total} quantized modules never ran during calibration: {', '.join(missed[:8])}"
+            f"{', ...' if len(missed) > 8 else ''}; add batches that reach them, set their sites to 'float', or pass "
+            "unseen='dynamic' to take their ranges from live tensors"
         )
+
+
+def _fall_back(model: nn.Module, layers: Mapping[str, Simulated], missed: list[str]) -> None:
+    """Make the activations of unseen layers dynamic, in the model and in its plan; a target may refuse that."""
+    seen = {id(q) for q in _inputs(layer for name, layer in layers.items() if name not in missed)}
+    plan, reason = plan_of(model), "no calibration batch reached it: its range comes from live tensors"
+    sites, why = dict(plan.sites), dict(plan.why)
+    fallen = [q for q in _inputs(layers[name] for name in missed) if id(q) not in seen and not q.spec.dynamic]
+    for quantizer in fallen:
+        quantizer.fall_back_to_dynamic()
+        for site in (site for site in sites if _serves(layers, site, quantizer)):
+            sites[site], why[site] = quantizer.spec, reason
+    if fallen:
+        plan = replace(plan, sites=sites, why=why)
+        validate(plan, model)
+        model.bitwright_plan = plan  # type: ignore[assignment]
+
+
+def _serves(layers: Mapping[str, Simulated], site: Site, quantizer: Quantizer) -> bool:
+    layer = layers.get(site.path)
+    return layer is not None and getattr(layer, quantizer_name(site.slot), None) is quantizer
 
 
 def _set_stage(quantizers: Iterable[Quantizer], stage: Stage) -> None:

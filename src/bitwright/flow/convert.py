@@ -18,7 +18,7 @@ from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.nn.conv import geometry_of, prepad_of
 from bitwright.nn.elementwise import QAdd
-from bitwright.nn.layer import FoldedBatchNorm1d, FoldedBatchNorm2d, QLayer
+from bitwright.nn.layer import FoldedBatchNorm1d, FoldedBatchNorm2d, QLayer, Simulated
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.affine import encode
 from bitwright.numerics.qtensor import QTensor, pack_rows
@@ -36,7 +36,7 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
     waiting = [q.site for q in model.modules() if isinstance(q, Quantizer) and q.stage is not Stage.SIMULATE]
     if waiting:
         raise ModelError(f"{waiting[0]} has no scale yet ({len(waiting)} sites in all); call bitwright.calibrate first")
-    if not any(isinstance(module, (QLayer, QAdd)) for module in model.modules()):
+    if not any(isinstance(module, Simulated) for module in model.modules()):
         raise ModelError("this model has no simulated layers: it was converted already")
     model = model if inplace else copy.deepcopy(model)
     features = cpu_features() if features is None else features
@@ -62,7 +62,7 @@ def _shipped(module: nn.Module, features: frozenset[str], packed: dict[tuple[int
     if isinstance(module, (FoldedBatchNorm1d, FoldedBatchNorm2d)):
         return nn.Identity()
     if isinstance(module, QAdd):
-        return LowbitAdd((_activation(module.input_quantizer_0), _activation(module.input_quantizer_1)), features)
+        return LowbitAdd((_activation(module.input_0_quantizer), _activation(module.input_1_quantizer)), features)
     if not isinstance(module, QLayer):
         return None
     weight, bias = _pack_weight(module, packed)

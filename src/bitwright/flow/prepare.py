@@ -15,12 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import ModelError, PlanError
 from bitwright.graph.rewrite import name_adds
-from bitwright.nn.elementwise import QAdd
-from bitwright.nn.layer import QLayer
+from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.swap import swapped
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import SLOTS, Site, check_preparable, operator_of
+from bitwright.plan.site import Site, check_preparable, operator_of, slots_of
 from bitwright.plan.validate import validate
 
 
@@ -35,7 +34,7 @@ def prepare(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module
     'QLinear'
     """
     check_preparable(model)
-    if any(isinstance(module, (QLayer, QAdd)) for module in model.modules()):
+    if any(isinstance(module, Simulated) for module in model.modules()):
         raise ModelError("this model is prepared already; prepare the float model")
     validate(plan, model)
     _check_weights(plan, model)
@@ -68,7 +67,7 @@ def _check_weights(plan: Plan, model: nn.Module) -> None:
     for site, spec in plan.sites.items():
         if site.is_weight and spec is not None:
             module = model.get_submodule(site.path)
-            weight = module.get_parameter("weight")
+            weight = module.get_parameter(site.slot)
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
                 raise ModelError(
@@ -91,7 +90,7 @@ def _check_structure(plan: Plan, model: nn.Module) -> None:
         if list(plan.folds.values()).count(norm_path) > 1:
             raise PlanError(f"[folds] {path} = {norm_path}: a batch norm folds into one layer only; make a new plan")
     for site, leader in plan.shared.items():
-        weights = [modules[s.path].get_parameter("weight") for s in (site, leader) if s.is_weight]
+        weights = [modules[s.path].get_parameter(s.slot) for s in (site, leader) if s.is_weight]
         if weights and not (len(weights) == 2 and weights[0] is weights[1]):
             raise PlanError(f"[shared] {site} = {leader}: these are not one tensor in this model; make a new plan")
 
@@ -120,18 +119,17 @@ def _name_adds(model: nn.Module, plan: Plan, *, rehearse: bool = False) -> None:
 def _quantizer(model: nn.Module, plan: Plan, site: Site) -> Quantizer:
     spec = plan.sites[site]
     assert spec is not None
-    shape = tuple(model.get_submodule(site.path).get_parameter("weight").shape) if site.is_weight else None
-    return Quantizer(str(site), spec, shape, plan.observers["weight" if site.is_weight else "input"])
+    shape = tuple(model.get_submodule(site.path).get_parameter(site.slot).shape) if site.is_weight else None
+    return Quantizer(
+        str(site), spec, shape, plan.observers["weight" if site.is_weight else "input"], plan.range_rule(site)
+    )
 
 
 def _swap(module: nn.Module, path: str, quantizers: dict[Site, Quantizer]) -> None:
-    op = operator_of(module)
+    slots = slots_of(module)
     module.__class__ = swapped(module)
-    if isinstance(module, QAdd):
-        module.input_quantizer_0, module.input_quantizer_1 = (quantizers[Site(path, slot)] for slot in SLOTS["add"])
-    elif isinstance(module, QLayer):
-        assert op in SLOTS
-        module.attach(quantizers.get(Site(path, "weight")), quantizers.get(Site(path, "input")))
+    assert isinstance(module, Simulated)
+    module.attach({slot: quantizers.get(Site(path, slot)) for slot in slots})
 
 
 def _fold(model: nn.Module, path: str, norm_path: str) -> None:
@@ -148,6 +146,6 @@ def _leave_fused_paths(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            if any(isinstance(child, QLayer) for child in module.modules()):
+            if any(isinstance(child, Simulated) for child in module.modules()):
                 module.activation_relu_or_gelu = 0  # type: ignore[assignment]
                 module.use_nested_tensor = False  # type: ignore[assignment]

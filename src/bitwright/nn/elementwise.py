@@ -6,18 +6,19 @@ from torch import Tensor
 
 from bitwright.graph.rewrite import Add
 from bitwright.kernels import reference
+from bitwright.nn.layer import Simulated
 from bitwright.nn.quantizer import Quantizer, Stage
 
 
-class QAdd(Add):
+class QAdd(Simulated, Add):
     """``a + b`` on codes: ``q_a * s_a + q_b * s_b``."""
 
-    input_quantizer_0: Quantizer
-    input_quantizer_1: Quantizer
+    input_0_quantizer: Quantizer
+    input_1_quantizer: Quantizer
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Sum of two tensors of one shape."""
-        left, right = self.input_quantizer_0, self.input_quantizer_1
+        left, right = self.input_0_quantizer, self.input_1_quantizer
         if left.stage is not Stage.SIMULATE:
             left.observe(a)
             right.observe(b)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.nn.layer import QLayer
-from bitwright.numerics.affine import simulate
 from bitwright.numerics.spec import QParams
+from bitwright.numerics.ste import simulated
 
 
 class QEmbedding(QLayer, nn.Embedding):
@@ -21,9 +21,13 @@ class QEmbedding(QLayer, nn.Embedding):
         quantizer = self.weight_quantizer
         if quantizer is None or not self.simulating:
             return rows
-        qparams = quantizer.training_qparams(self.weight)
+        qparams, scale, offset = quantizer.qparams, quantizer.scale, quantizer.offset
         assert qparams is not None
+        assert scale is not None
+        learning = quantizer.learning(self.weight)
         if quantizer.spec.granularity.kind != "tensor":
+            scale = F.embedding(input, scale)
+            offset = None if offset is None else F.embedding(input, offset)
             zero_point = None if qparams.zero_point is None else F.embedding(input, qparams.zero_point)
             qparams = QParams(F.embedding(input, qparams.scale), zero_point)
-        return simulate(rows, quantizer.spec, qparams)
+        return simulated(rows, quantizer.spec, qparams, learning, scale, offset)

@@ -11,6 +11,8 @@ with gamma = 0 carries no information about z, and its output does not depend on
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +21,42 @@ from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.affine import round_ste
 
 
-class QLayer(nn.Module):
-    """Mixin of simulated layers. Created by class swap, never by its constructor; `attach` sets its state."""
+class Simulated(nn.Module):
+    """Mixin of every module that computes with codes. Created by class swap, never by its constructor.
+
+    Its quantizers are children named after their slots: ``weight_quantizer``, ``input_quantizer``,
+    ``input_0_quantizer``; a slot that stays in float is None.
+    """
+
+    def attach(self, quantizers: Mapping[str, Quantizer | None]) -> None:
+        """Give the module its quantizers, by slot; None leaves that operand in float."""
+        for slot, quantizer in quantizers.items():
+            setattr(self, quantizer_name(slot), quantizer)
+
+    def quantizer(self, slot: str) -> Quantizer | None:
+        """The quantizer of a slot, None where that operand stays in float."""
+        return getattr(self, quantizer_name(slot))
+
+    def quantized_weights(self) -> dict[str, Tensor]:
+        """The float weights that are quantized, by slot, as they are encoded (batch norm folded in)."""
+        return {}
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """The float parameters that this module trains."""
+        return self.parameters(recurse=False)
+
+
+def quantizer_name(slot: str) -> str:
+    """Name of the child that quantizes a slot.
+
+    >>> quantizer_name("input.0")
+    'input_0_quantizer'
+    """
+    return slot.replace(".", "_") + "_quantizer"
+
+
+class QLayer(Simulated):
+    """Mixin of simulated layers with one weight, one input, and possibly a batch norm folded into their forward."""
 
     weight: Tensor
     bias: Tensor | None
@@ -29,10 +65,20 @@ class QLayer(nn.Module):
     norm: tuple[_BatchNorm, ...]
     freeze_norm: bool
 
-    def attach(self, weight: Quantizer | None, input: Quantizer | None) -> None:
+    def attach(self, quantizers: Mapping[str, Quantizer | None]) -> None:
         """Give the layer its quantizers; None leaves that side in float."""
-        self.weight_quantizer, self.input_quantizer = weight, input
+        super().attach({"weight": None, "input": None, **quantizers})
         self.norm, self.freeze_norm = (), False
+
+    def quantized_weights(self) -> dict[str, Tensor]:
+        """The weight with the batch norm folded in, where it is quantized."""
+        return {} if self.weight_quantizer is None else {"weight": self.folded()[0]}
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """The layer's parameters and those of the batch norm that it holds."""
+        yield from self.parameters(recurse=False)
+        for norm in self.norm:
+            yield from norm.parameters()
 
     def fold(self, norm: _BatchNorm) -> None:
         """Compute ``norm`` inside this layer; the norm becomes an identity that keeps its parameters and keys."""
@@ -80,7 +126,7 @@ class QLayer(nn.Module):
         step_w, step_x = weight.qparams, input.qparams
         assert step_w is not None
         assert step_x is not None
-        step = (step_x.scale * step_w.scale.view(-1)).detach()
+        step = step_x.scale * step_w.scale.view(-1)
         return round_ste(bias / step) * step
 
     @torch.no_grad()

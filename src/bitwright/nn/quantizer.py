@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import enum
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import CalibrationError
-from bitwright.kernels.reference import Codes, codes_of
-from bitwright.numerics.affine import EPS, simulate
+from bitwright.errors import CalibrationError, SpecError
+from bitwright.kernels.reference import Codes, codes_of, largest_code
+from bitwright.nn.ranges import RangeRule, get_rule
+from bitwright.numerics.affine import EPS, live_qparams
+from bitwright.numerics.formats import Format
 from bitwright.numerics.spec import QParams, QuantSpec
+from bitwright.numerics.ste import Learning, codes_with_gradient, simulated
 from bitwright.observe.fit import weight_qparams
 from bitwright.observe.observer import Observer, make_observer
 
@@ -32,25 +36,33 @@ class Quantizer(nn.Module):
     """Turns a tensor into codes by its spec, with a scale that was calibrated or is being learned.
 
     ``scale`` is a parameter (float32, at least one dimension; trained only while its ``requires_grad`` is set), with
-    the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Dynamic specs have
-    neither.
+    the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Where the rule learns an
+    offset (LSQ+), ``offset`` is a parameter and the zero point follows from it in every forward. Dynamic specs have
+    none of these. ``rule`` says how the range moves in training.
     """
 
-    def __init__(self, site: str, spec: QuantSpec, shape: tuple[int, ...] | None, observer: str) -> None:
+    def __init__(
+        self, site: str, spec: QuantSpec, shape: tuple[int, ...] | None, observer: str, rule: str = "lsq"
+    ) -> None:
         super().__init__()
         self.site, self.spec, self.observer_name = site, spec, observer
+        self.rule: RangeRule = get_rule(rule)
         self.is_weight = shape is not None
         self.stage = Stage.FLOAT
         self.observer: Observer | None = None
         self.scale: nn.Parameter | None
+        self.offset: nn.Parameter | None
         self.zero_point: Tensor | None
-        if spec.dynamic:
-            self.register_parameter("scale", None)
-            self.register_buffer("zero_point", None)
-            return
-        scale_shape = (1,) if shape is None else spec.granularity.scale_shape(shape)
-        self.scale = nn.Parameter(torch.ones(scale_shape), requires_grad=False)
-        self.register_buffer("zero_point", None if spec.symmetric else torch.zeros(scale_shape))
+        self.register_parameter("scale", None)
+        self.register_parameter("offset", None)
+        self.register_buffer("zero_point", None)
+        if not spec.dynamic:
+            scale_shape = (1,) if shape is None else spec.granularity.scale_shape(shape)
+            self.scale = nn.Parameter(torch.ones(scale_shape), requires_grad=False)
+            if not spec.symmetric:
+                self.zero_point = torch.zeros(scale_shape)
+                if self.rule.learns_offset:
+                    self.offset = nn.Parameter(torch.zeros(scale_shape), requires_grad=False)
 
     def extra_repr(self) -> str:
         """Site, spec and stage, for ``print(model)``."""
@@ -58,10 +70,14 @@ class Quantizer(nn.Module):
 
     @property
     def qparams(self) -> QParams | None:
-        """Scale (never below float32 epsilon) and zero point; None for dynamic specs."""
+        """Scale (never below float32 epsilon) and zero point, as constants for autograd; None for dynamic specs."""
         if self.scale is None:
             return None
-        return QParams(self.scale.clamp(min=EPS), self.zero_point)
+        scale, zero_point = self.scale.detach().clamp(min=EPS), self.zero_point
+        if self.offset is not None:
+            fmt = self.spec.format
+            zero_point = (-self.offset.detach() / scale).round().clamp(fmt.qmin, fmt.qmax)
+        return QParams(scale, zero_point)
 
     def observe(self, x: Tensor) -> None:
         """In stage OBSERVE, take in one activation; raises `CalibrationError` when it is not finite."""
@@ -93,6 +109,11 @@ class Quantizer(nn.Module):
         self.set_qparams(weight_qparams(weight, self.spec, self.observer_name))
         self.stage = Stage.SIMULATE
 
+    def fall_back_to_dynamic(self) -> None:
+        """Take the range from each live tensor instead: for an activation that calibration never saw."""
+        self.spec = replace(self.spec, dynamic=True)
+        self.scale, self.offset, self.zero_point = None, None, None
+
     def set_qparams(self, qparams: QParams) -> None:
         """Store a scale and zero point, in place."""
         assert self.scale is not None
@@ -100,28 +121,58 @@ class Quantizer(nn.Module):
             self.scale.copy_(qparams.scale)
             if self.zero_point is not None and qparams.zero_point is not None:
                 self.zero_point.copy_(qparams.zero_point)
+                if self.offset is not None:
+                    self.offset.copy_(-qparams.zero_point * qparams.scale)
+
+    def set_format(self, fmt: Format) -> None:
+        """Change the number of bits; the represented range stays: ``s_new = s_old * levels_old / levels_new``.
+
+        Levels are qmax for symmetric and qmax - qmin for asymmetric formats. Raises `SpecError` for a format or spec
+        that is not an integer one.
+        """
+        old, params = self.spec.format, self.qparams
+        if not (old.is_integer and fmt.is_integer):
+            raise SpecError(f"{self.site}: bits change between integer formats only, not from {old} to {fmt}")
+        self.spec = replace(self.spec, format=fmt)
+        if params is None or old == fmt:
+            return
+        if params.zero_point is None:
+            self.set_qparams(QParams(params.scale * (old.qmax / fmt.qmax)))
+            return
+        scale = params.scale * ((old.qmax - old.qmin) / (fmt.qmax - fmt.qmin))
+        low = (old.qmin - params.zero_point) * params.scale
+        self.set_qparams(QParams(scale, (fmt.qmin - (low / scale).round()).clamp(fmt.qmin, fmt.qmax)))
+
+    def learning(self, x: Tensor) -> Learning:
+        """The gradient rule of the range and its gain for ``x``; rule ``none`` while the scale is frozen.
+
+        LSQ multiplies the gradient by ``1 / sqrt(N * qmax)`` (section 2.2), where N counts the elements that one scale
+        serves: of a weight per channel or group, of an activation per sample.
+        """
+        if self.scale is None or not self.scale.requires_grad or not self.spec.format.is_integer:
+            return Learning()
+        qmax = max(self.spec.format.qmax, 1)
+        if self.rule.gradient == "pact":  # d alpha = qmax d s: this gain gives the step that plain SGD on alpha takes
+            return Learning("pact", 1.0 / qmax**2)
+        parts = self.scale.numel() if self.is_weight else len(x)
+        return Learning(self.rule.gradient, 1.0 / math.sqrt(max(x.numel() / parts, 1.0) * qmax))
 
     def forward(self, x: Tensor) -> Codes:
-        """Codes of ``x`` with straight-through gradients; the gradient of a learned scale is LSQ's."""
-        return codes_of(x, self.spec, self.training_qparams(x))
+        """Codes of ``x`` with straight-through gradients; a learned range has the gradient of its rule."""
+        self.track(x)
+        qparams = self.qparams
+        if qparams is None:
+            return codes_of(x, self.spec, None)
+        values = codes_with_gradient(x, self.spec, qparams, self.learning(x), self.scale, self.offset)
+        return Codes(values, qparams.scale, largest_code(self.spec))
 
     def simulate(self, x: Tensor) -> Tensor:
         """Values of the codes of ``x``, for products that are computed in float."""
-        qparams = self.training_qparams(x)
-        if qparams is None:
-            codes = codes_of(x, self.spec, None)
-            return codes.values * codes.scale
-        return simulate(x, self.spec, qparams)
+        self.track(x)
+        qparams = self.qparams or live_qparams(x, self.spec)
+        return simulated(x, self.spec, qparams, self.learning(x), self.scale, self.offset)
 
-    def training_qparams(self, x: Tensor) -> QParams | None:
-        """`qparams`, with a learned scale's gradient multiplied by ``1 / sqrt(N * qmax)`` (LSQ, section 2.2).
-
-        N counts the elements that one scale serves: of a weight per channel or group, of an activation per sample.
-        """
-        qparams = self.qparams
-        if qparams is None or not qparams.scale.requires_grad:
-            return qparams
-        parts = qparams.scale.numel() if self.is_weight else len(x)
-        gain = 1.0 / math.sqrt(x.numel() / parts * max(self.spec.format.qmax, 1))
-        frozen = qparams.scale.detach()
-        return QParams(frozen + (qparams.scale - frozen) * gain, qparams.zero_point)
+    def track(self, x: Tensor) -> None:
+        """Let a rule that follows the data move the range, in training mode only."""
+        if self.rule.tracks and self.training and self.scale is not None and not self.is_weight:
+            self.rule.track(self, x)

@@ -12,6 +12,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bitwright.plan.validate import validate
 
 VERSION = 1
 DEFAULT_OBSERVERS = {"weight": "mse", "input": "mse"}
+DEFAULT_RANGES = {"weight": "lsq", "input": "lsq"}
 
 Rules = Mapping[str, "str | QuantSpec | None"]
 
@@ -37,6 +39,7 @@ class Plan:
     target: str
     sites: dict[Site, QuantSpec | None]
     observers: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_OBSERVERS))
+    ranges: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_RANGES))
     folds: dict[str, str] = field(default_factory=dict)
     shared: dict[Site, Site] = field(default_factory=dict)
     why: dict[Site, str] = field(default_factory=dict)
@@ -51,12 +54,14 @@ class Plan:
         target: str = "cpu",
         sites: Rules | None = None,
         observers: Mapping[str, str] | None = None,
+        ranges: Mapping[str, str] | None = None,
     ) -> Plan:
         """The plan that preset ``name`` gives for ``model``, found by running it once on ``example``.
 
         ``example`` is one batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. ``sites``
-        are rules applied on top, as in `with_sites`. Raises `PlanError` or `ModelError` when the result could not
-        run.
+        are rules applied on top, as in `with_sites`; ``observers`` and ``ranges`` say how ranges are found by
+        calibration and move in training (see `range_rule`). Raises `PlanError` or `ModelError` when the result could
+        not run.
 
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -71,6 +76,7 @@ class Plan:
             target,
             found.sites,
             {**DEFAULT_OBSERVERS, **(observers or {})},
+            {**DEFAULT_RANGES, **(ranges or {})},
             found.folds,
             found.shared,
             found.why,
@@ -92,6 +98,20 @@ class Plan:
         folds = {conv: norm for conv, norm in self.folds.items() if sites.get(Site(conv, "weight")) is not None}
         return replace(self, sites=sites, why=why, shared=shared, folds=folds)
 
+    def range_rule(self, site: Site) -> str:
+        """How the range of a site moves in training: the last line of ``[ranges]`` that selects it.
+
+        Lines are ``weight`` and ``input`` (all stored tensors, all activations) or patterns over sites.
+
+        >>> Plan("cpu", {}, ranges={"input": "lsq", "*.input": "lsq+"}).range_rule(Site("fc", "input"))
+        'lsq+'
+        """
+        kind, rule = "weight" if site.is_weight else "input", ""
+        for pattern, name in self.ranges.items():
+            if pattern == kind or str(site) == pattern or fnmatchcase(str(site), pattern):
+                rule = name
+        return rule
+
     def explain(self, site: str | Site) -> str:
         """The decision for one site and its reason; raises `PlanError` with near names for an unknown site."""
         found = matching(str(site), self.sites)
@@ -104,6 +124,7 @@ class Plan:
             lines.append(f"why: {self.why[site]}")
         if spec is not None and not spec.dynamic:
             lines.append(f"range: {self.observers['weight' if site.is_weight else 'input']}")
+            lines.append(f"in training: {self.range_rule(site)}")
         if site in self.shared:
             lines.append(f"shares the quantizer of {self.shared[site]}")
         if site.is_weight and site.path in self.folds:
@@ -121,6 +142,7 @@ class Plan:
         """The text of the plan file."""
         tables: dict[str, dict[str, str]] = {
             "observers": self.observers,
+            "ranges": self.ranges,
             "sites": {str(site): spelled(spec) for site, spec in self.sites.items()},
             "folds": self.folds,
             "shared": {str(site): str(leader) for site, leader in self.shared.items()},
@@ -151,10 +173,10 @@ class Plan:
             data = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as cause:
             raise PlanError(f"not a TOML text: {cause}") from cause
-        unknown = set(data) - {"version", "target", "observers", "sites", "folds", "shared", "why"}
+        unknown = set(data) - {"version", "target", "observers", "ranges", "sites", "folds", "shared", "why"}
         if unknown or data.get("version") != VERSION:
             raise PlanError(
-                f"expected version = {VERSION} and the tables observers, sites, folds, shared, why; "
+                f"expected version = {VERSION} and the tables observers, ranges, sites, folds, shared, why; "
                 f"found version = {data.get('version')!r} and {', '.join(sorted(unknown)) or 'no other tables'}"
             )
         observers = _table(data, "observers")
@@ -164,6 +186,7 @@ class Plan:
             get_target(data.get("target", "cpu")).name,
             {},
             {**DEFAULT_OBSERVERS, **observers},
+            {**DEFAULT_RANGES, **_table(data, "ranges")},
             _table(data, "folds"),
             {Site.parse(site): Site.parse(leader) for site, leader in _table(data, "shared").items()},
             {Site.parse(site): why for site, why in _table(data, "why").items()},

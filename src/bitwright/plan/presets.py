@@ -18,7 +18,7 @@ from bitwright.graph import patterns
 from bitwright.graph.dataflow import ADDS, Dataflow, Node, record
 from bitwright.graph.rewrite import why_not_nameable
 from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.site import SLOTS, Site, operator_of, unknown_subclass
+from bitwright.plan.site import ADD_SLOTS, Site, operator_of, products_of, slots_of, unknown_subclass
 from bitwright.plan.target import Target
 
 Pair = tuple[str | None, str | None]
@@ -33,6 +33,12 @@ class Preset:
     embedding: str
     add: str | None
     first: Pair | None = None
+
+    def pair(self, op: str) -> Pair:
+        """Specs (weight, input) of one operator; every kind of weighted product but convolution is a linear one."""
+        if op in ("conv", "embedding", "add"):
+            return {"conv": self.conv, "embedding": (self.embedding, None), "add": (None, self.add)}[op]
+        return self.linear
 
 
 PRESETS: dict[str, Preset] = {
@@ -83,8 +89,8 @@ def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Ma
     for path, module in model.named_modules():
         if known := unknown_subclass(module):
             _keep_unknown(out, path, module, known, kept, rules)
-        elif op := operator_of(module):
-            _decide(out, name, preset, path, module, op, kept.get(path, ""), path in first)
+        elif operator_of(module):
+            _decide(out, name, preset, path, module, kept.get(path, ""), path in first)
     _add_residuals(out, flow, model, preset, target)
     out.folds = {conv: norm for conv, norm in patterns.fold_batchnorms(flow, model).items() if _quantized(out, conv)}
     _share(out, flow, model)
@@ -124,38 +130,34 @@ def _keep_unknown(
             f"{path} is {type(module).__name__}, a subclass of nn.{known.__name__} whose forward bitwright does not "
             f"know; register it with bitwright.register_module, or keep it in float with sites={{'{path}.*': 'float'}}"
         )
-    for slot in SLOTS["linear"]:
+    for slot in ("weight", "input"):
         out.sites[Site(path, slot)] = None
         out.why[Site(path, slot)] = kept.get(path, f"{type(module).__name__} has no quantized form")
 
 
-def _decide(
-    out: Proposal, name: str, preset: Preset, path: str, module: nn.Module, op: str, kept: str, first: bool
-) -> None:
-    weight, input = preset.embedding if op == "embedding" else None, preset.add if op == "add" else None
-    why = f"preset {name}"
-    if op in ("linear", "conv"):
-        weight, input = preset.linear if op == "linear" else preset.conv
-        if first and preset.first is not None:
-            (weight, input), why = (
-                preset.first,
-                f"preset {name}: a layer that sees the raw input keeps 8 bits",
-            )
-    if kept:
-        weight, input, why = None, None, kept
-    for slot in SLOTS[op]:
-        site = Site(path, slot)
-        spec = weight if site.is_weight else input
-        out.sites[site], out.why[site] = None if spec is None else QuantSpec.parse(spec), why
-        if site.is_weight and spec is not None:
-            _fit_group(out, site, module)
+def _decide(out: Proposal, name: str, preset: Preset, path: str, module: nn.Module, kept: str, first: bool) -> None:
+    for product in products_of(module):
+        weight, input = preset.pair(product.op)
+        why = f"preset {name}"
+        if product.op in ("linear", "conv") and first and preset.first is not None:
+            (weight, input), why = preset.first, f"preset {name}: a layer that sees the raw input keeps 8 bits"
+        if kept:
+            weight, input, why = None, None, kept
+        for slot in (product.weight, *product.inputs):
+            if slot is None:
+                continue
+            site = Site(path, slot)
+            spec = weight if site.is_weight else input
+            out.sites[site], out.why[site] = None if spec is None else QuantSpec.parse(spec), why
+            if site.is_weight and spec is not None:
+                _fit_group(out, site, module)
 
 
 def _fit_group(out: Proposal, site: Site, module: nn.Module) -> None:
     """A preset's group size that does not divide the layer becomes one scale per channel, said in the plan."""
     spec = out.sites[site]
     assert spec is not None
-    weight = module.get_parameter("weight")
+    weight = module.get_parameter(site.slot)
     try:
         spec.granularity.scale_shape(weight.shape)
     except NumericsError:
@@ -176,7 +178,7 @@ def _add_residuals(out: Proposal, flow: Dataflow, model: nn.Module, preset: Pres
             elif reason := why_not_nameable(owner, count):
                 spec, why = None, f"residual add that cannot be named: {reason}; write it as bitwright.Add"
         path = _add_path(node)
-        for slot in SLOTS["add"]:
+        for slot in ADD_SLOTS:
             out.sites[Site(path, slot)], out.why[Site(path, slot)] = spec, why
 
 
@@ -194,7 +196,7 @@ def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
     paths = [node.name if node.kind == "module" else _add_path(node) for node in flow.nodes]
     times = Counter(paths)
     for node, path in zip(flow.nodes, paths, strict=True):
-        slots = ("input",) if Site(path, "input") in out.sites else SLOTS["add"]
+        slots = _activation_slots(node, path, model)
         if times[path] > 1 or len(node.inputs) < len(slots):  # an operand that no call produced has no number here
             continue
         for slot, source in zip(slots, node.inputs, strict=False):
@@ -204,10 +206,18 @@ def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
     weights: dict[tuple[int, str | None], list[Site]] = {}
     for site in out.sites:  # float ones too: a rule may quantize both ends of a tie later
         if site.is_weight and unknown_subclass(model.get_submodule(site.path)) is None:
-            key = (id(model.get_submodule(site.path).weight), out.folds.get(site.path))
+            key = (id(getattr(model.get_submodule(site.path), site.slot)), out.folds.get(site.path))
             weights.setdefault(key, []).append(site)
     for group in (*consumers.values(), *weights.values()):
         for site in group[1:]:
             leader = next(other for other in group if out.sites[other] == out.sites[site])
             if leader != site:
                 out.shared[site] = leader
+
+
+def _activation_slots(node: Node, path: str, model: nn.Module) -> tuple[str, ...]:
+    """Slots of a call's tensor arguments, in the order of its arguments; only plain layers and adds are known."""
+    if node.kind != "module":
+        return ADD_SLOTS
+    slots = tuple(slot for slot in slots_of(model.get_submodule(path)) if not Site(path, slot).is_weight)
+    return slots if slots in (("input",), ADD_SLOTS) else ()

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -25,14 +27,32 @@ OPERATORS: dict[type[nn.Module], str] = {
     Add: "add",
 }
 
-SLOTS = {
-    "linear": ("weight", "input"),
-    "conv": ("weight", "input"),
-    "embedding": ("weight",),
-    "add": ("input.0", "input.1"),
-}
 
-_KNOWN_SLOTS = ("input.0", "input.1", "weight", "input")
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One operation of a module: the operator that computes it, its stored operand and its activations, as slots.
+
+    The slot of a stored operand is the name of its parameter; None where there is none.
+    """
+
+    op: str
+    weight: str | None
+    inputs: tuple[str, ...]
+
+
+PRODUCTS: dict[str, Callable[[Any], tuple[Product, ...]]] = {
+    "linear": lambda module: (Product("linear", "weight", ("input",)),),
+    "conv": lambda module: (Product("conv", "weight", ("input",)),),
+    "embedding": lambda module: (Product("embedding", "weight", ()),),
+    "add": lambda module: (Product("add", None, ADD_SLOTS),),
+}
+"""What a module of each operator computes; how many products there are may depend on the module."""
+
+ADD_SLOTS = ("input.0", "input.1")
+
+_WEIGHT = r"weight(?:_[ih]h_l\d+(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight|gate_up_proj|down_proj"
+_ACTIVATION = r"input\.\d+|(?:input|hidden)(?:_l\d+(?:_reverse)?)?|query|key|value|probs"
+_SITE = re.compile(rf"(?:(?P<path>.*?)\.)?(?P<slot>{_WEIGHT}|{_ACTIVATION})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +74,15 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """Split a site's text at its slot; raises `PlanError` when it ends in none."""
-        for slot in _KNOWN_SLOTS:
-            if text == slot or text.endswith("." + slot):
-                return cls(text.removesuffix(slot).removesuffix("."), slot)
-        raise PlanError(f"{text!r} is not a site; a site ends in .weight, .input, .input.0 or .input.1")
+        match = _SITE.fullmatch(text)
+        if match is None:
+            raise PlanError(f"{text!r} is not a site; a site ends in a slot such as .weight, .input or .input.0")
+        return cls(match["path"] or "", match["slot"])
 
     @property
     def is_weight(self) -> bool:
         """Whether the site is a stored tensor rather than an activation."""
-        return self.slot == "weight"
+        return re.fullmatch(_WEIGHT, self.slot) is not None
 
 
 def operator_of(module: nn.Module) -> str | None:
@@ -72,6 +92,26 @@ def operator_of(module: nn.Module) -> str | None:
     ('linear', None)
     """
     return OPERATORS.get(type(module))
+
+
+def products_of(module: nn.Module) -> tuple[Product, ...]:
+    """What a module computes with operands that can be quantized; nothing for modules without a quantized form.
+
+    >>> products_of(nn.Linear(2, 2))
+    (Product(op='linear', weight='weight', inputs=('input',)),)
+    """
+    op = operator_of(module)
+    return PRODUCTS[op](module) if op else ()
+
+
+def slots_of(module: nn.Module) -> tuple[str, ...]:
+    """All slots of a module, weights before the activations they meet.
+
+    >>> slots_of(nn.Embedding(2, 2)), slots_of(Add())
+    (('weight',), ('input.0', 'input.1'))
+    """
+    slots = [slot for product in products_of(module) for slot in (product.weight, *product.inputs) if slot]
+    return tuple(dict.fromkeys(slots))
 
 
 def unknown_subclass(module: nn.Module) -> type[nn.Module] | None:
@@ -109,9 +149,10 @@ def check_preparable(model: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.dtype.itemsize != 4:
             raise ModelError(f"{name} is {parameter.dtype}; codes are defined on float32: call model.float() first")
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if "weight" in SLOTS.get(operator_of(module) or "", ()) and not isinstance(weight, nn.Parameter):
+        for product in products_of(module):
+            if product.weight is None or isinstance(getattr(module, product.weight, None), nn.Parameter):
+                continue
             raise ModelError(
-                f"{path}.weight is computed by a hook (weight_norm, spectral_norm or pruning) and is not a parameter; "
-                "make it permanent first, e.g. with torch.nn.utils.prune.remove or remove_weight_norm"
+                f"{path}.{product.weight} is computed by a hook (weight_norm, spectral_norm or pruning) and is not a "
+                "parameter; make it permanent first, e.g. with torch.nn.utils.prune.remove or remove_weight_norm"
             )

@@ -11,12 +11,14 @@ from typing import Protocol
 from torch import nn
 
 from bitwright.errors import ModelError, NumericsError, PlanError, SpecError
-from bitwright.graph.rewrite import Add
 from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.fit import WEIGHT_OBSERVERS
 from bitwright.observe.observer import make_observer
-from bitwright.plan.site import SLOTS, Site, matching, operator_of, unknown_subclass
+from bitwright.plan.site import PRODUCTS, Product, Site, matching, operator_of, products_of, slots_of, unknown_subclass
 from bitwright.plan.target import get_target, spelled
+
+RANGE_RULES = ("fixed", "lsq", "lsq+", "pact", "ema", "adarange")
+"""How a range may move in training; `nn.ranges` implements them."""
 
 
 class Decisions(Protocol):
@@ -25,6 +27,7 @@ class Decisions(Protocol):
     target: str
     sites: dict[Site, QuantSpec | None]
     observers: dict[str, str]
+    ranges: dict[str, str]
     folds: dict[str, str]
     why: dict[Site, str]
 
@@ -38,6 +41,7 @@ def validate(plan: Decisions, model: nn.Module) -> None:
             f"bitwright.Add module; it is made of {', '.join(kinds)}"
         )
     _check_observers(plan)
+    _check_ranges(plan)
     for path in dict.fromkeys(site.path for site in plan.sites):
         _check_layer(plan, model, path)
     for conv, norm in plan.folds.items():
@@ -64,40 +68,67 @@ def _check_observers(plan: Decisions) -> None:
         raise PlanError(f"observer of inputs: {cause}") from cause
 
 
+def _check_ranges(plan: Decisions) -> None:
+    for pattern, rule in plan.ranges.items():
+        if rule not in RANGE_RULES:
+            raise PlanError(f"[ranges] {pattern} = {rule!r}: unknown rule; known rules: {', '.join(RANGE_RULES)}")
+        if pattern not in ("weight", "input"):
+            for site in matching(pattern, plan.sites):
+                spec = plan.sites[site]
+                if site.is_weight and rule not in ("fixed", "lsq"):
+                    raise PlanError(f"[ranges] {pattern} = {rule!r}: {site} is a weight; weights know fixed and lsq")
+                if rule == "pact" and spec is not None and (spec.format.qmin < 0 or not spec.symmetric):
+                    raise PlanError(
+                        f"[ranges] {pattern} = {rule!r}: PACT clips at 0, {site} is {spec}; use uint formats"
+                    )
+    if plan.ranges.get("weight") not in ("fixed", "lsq"):
+        raise PlanError(f"[ranges] weight = {plan.ranges.get('weight')!r}: weights know fixed and lsq")
+
+
 def _check_layer(plan: Decisions, model: nn.Module, path: str) -> None:
     slots = [site.slot for site in plan.sites if site.path == path]
-    weight, input = plan.sites.get(Site(path, "weight")), plan.sites.get(Site(path, "input"))
+    quantized = [slot for slot in slots if plan.sites[Site(path, slot)] is not None]
     if re.fullmatch(r"add_\d+", path.rpartition(".")[2]) and "input.0" in slots:
         _submodule(model, path.rpartition(".")[0], f"{path}.input.0")
-        op, module = "add", None
+        module, products = None, PRODUCTS["add"](None)
     else:
         module = _submodule(model, path, f"{path}.{slots[0]}")
-        op = operator_of(module) or ""
-        if not op and (weight is None and input is None):
+        products = products_of(module)
+        if not products and not quantized:
             return
-        if not op:
+        if not products:
             raise PlanError(_no_quantized_form(path, module))
+    known = [slot for product in products for slot in (product.weight, *product.inputs) if slot]
     for slot in slots:
-        if slot not in SLOTS[op]:
-            raise PlanError(f"{path}.{slot}: {op} layers have the sites {', '.join(SLOTS[op])}; remove this line")
-    inputs = [plan.sites.get(Site(path, slot)) for slot in SLOTS[op] if slot != "weight"] or [None]
-    if op == "add" and (inputs[0] is None) != (inputs[-1] is None):
-        raise PlanError(f"{path}: a residual add is quantized on both inputs or on none; set {path}.* to one of them")
-    if module is not None and not isinstance(module, Add) and weight is not None:
-        _check_weight(Site(path, "weight"), weight, module)
+        if slot not in known:
+            what = operator_of(module) if module else "add"
+            raise PlanError(f"{path}.{slot}: {what} layers have the sites {', '.join(known)}; remove this line")
+    for product in products:
+        _check_product(plan, path, product, module)
+
+
+def _check_product(plan: Decisions, path: str, product: Product, module: nn.Module | None) -> None:
+    weight = None if product.weight is None else plan.sites.get(Site(path, product.weight))
+    inputs = [plan.sites.get(Site(path, slot)) for slot in product.inputs]
+    if product.weight is None and len({spec is None for spec in inputs}) > 1:
+        raise PlanError(
+            f"{path}: a residual {product.op} is quantized on both inputs or on none; set {path}.* to one of them"
+        )
+    if weight is not None and product.weight is not None and module is not None:
+        _check_weight(Site(path, product.weight), weight, module)
     if weight is None and all(spec is None for spec in inputs):
         return
     target = get_target(plan.target)
-    for spec in inputs:
-        if not target.covers(op, weight, spec):
+    for spec in inputs or [None]:
+        if not target.covers(product.op, weight, spec):
             raise PlanError(
-                f"{path}: target {target.name} has no {op} kernel for weight {spelled(weight)} with input "
-                f"{spelled(spec)}; it has {target.choices(op)}"
+                f"{path}: target {target.name} has no {product.op} kernel for weight {spelled(weight)} with input "
+                f"{spelled(spec)}; it has {target.choices(product.op)}"
             )
 
 
 def _check_weight(site: Site, spec: QuantSpec, module: nn.Module) -> None:
-    shape = module.get_parameter("weight").shape
+    shape = module.get_parameter(site.slot).shape
     if spec.dynamic:
         raise PlanError(f"{site}: {spec} is dynamic, but weights are stored; remove /dynamic")
     if spec.scale is not None:
@@ -122,7 +153,7 @@ def _no_quantized_form(path: str, module: nn.Module) -> str:
 def _submodule(model: nn.Module, path: str, asked_by: str) -> nn.Module:
     modules = dict(model.named_modules())
     if path not in modules:
-        sites = [Site(name, "weight") for name, m in modules.items() if operator_of(m)]
+        sites = [Site(name, slot) for name, m in modules.items() for slot in slots_of(m)[:1]]
         try:
             matching(f"{path}.weight", sites)
         except PlanError as near:
