@@ -41,7 +41,7 @@ def listed() -> Iterator[tuple[str, str, str | None]]:
 
 
 def runs(op: str, weight: str, input: str | None) -> bool:
-    if weight.startswith(("nf4", "fp16", "bf16")) and "asym" in weight:
+    if "asym" in weight and not FORMATS[weight.partition("/")[0]].is_integer:
         return False
     if op == "conv" and "group" in weight:  # the target's patterns are wider than what a plan may ask
         return False

@@ -28,7 +28,7 @@ from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.qtensor import dequantize, quantize
 from bitwright.numerics.spec import QParams, QuantSpec
 
-INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
+INTEGERS = [name for name, fmt in FORMATS.items() if fmt.is_integer and fmt.bits <= 8]
 SAME = (1, 1), (1, 1), (0, 0), (1, 1)  # kernel size, stride, padding, dilation of a pointwise convolution
 
 
@@ -92,7 +92,11 @@ def test_one_tensor_is_encoded_once() -> None:
     assert [node.op_type for node in writer.nodes] == ["QuantizeLinear", "Clip", "DequantizeLinear"]
 
 
-WEIGHTS = [f"{name}{kind}" for name in (*INTEGERS, "nf4", "fp16", "bf16") for kind in ("", "/channel", "/group8")]
+WEIGHTS = [
+    f"{name}{kind}"
+    for name in (*INTEGERS, "nf4", "fp4", "binary", "pot5", "apot6", "fp16", "bf16")
+    for kind in ("", "/channel", "/group8")
+]
 WEIGHTS += [f"{name}{kind}/asym" for name in INTEGERS for kind in ("", "/channel", "/group8")]
 
 
@@ -113,6 +117,12 @@ def test_weights_of_every_spec_decode_to_ours(spec: str) -> None:
 )
 def test_storage_types(name: str, kind: str) -> None:
     assert storage(FORMATS[name]) == kind
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "kmeans4", "int16"])
+def test_formats_without_an_onnx_form_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=f"{name} has no ONNX form here; use nf4, fp16 or integers"):
+        storage(FORMATS[name])
 
 
 @pytest.mark.parametrize("weight", ["int8/channel", "int4", "ternary/channel", "uint4", "int8/group8", "nf4/channel"])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bitwright.numerics.affine import live_qparams, simulate
 from bitwright.numerics.codebook import nearest_code
-from bitwright.numerics.formats import FORMATS
+from bitwright.numerics.formats import FORMATS, Format
+from bitwright.numerics.levels import decision_points
 from bitwright.numerics.spec import QuantSpec
 
 NF4 = FORMATS["nf4"].codebook
@@ -37,21 +38,24 @@ def test_the_nearest_code_equals_a_search_over_all_entries():
     x = torch.cat([torch.randn(20_000), torch.linspace(-1.5, 1.5, 3001), torch.tensor(NF4)])
     table = torch.tensor(NF4)
     distance = (x.double().unsqueeze(1) - table.double()).abs()
-    found = nearest_code(x, NF4).long()
+    found = nearest_code(x, FORMATS["nf4"]).long()
     best = distance.min(1).values
     assert (distance.gather(1, found.unsqueeze(1)).squeeze(1) - best).abs().max() < 1e-7
 
 
 def test_a_value_half_way_takes_the_lower_entry():
-    assert nearest_code(torch.tensor([-0.5, 0.5, 1.5]), (-1.0, 0.0, 1.0, 2.0)).tolist() == [0, 1, 2]
+    order, thresholds = decision_points((-1.0, 0.0, 1.0, 2.0), ties_even=False)
+    fmt = Format("test", 2, 0, 3, (-1.0, 0.0, 1.0, 2.0), None, order, thresholds)
+    assert nearest_code(torch.tensor([-0.5, 0.5, 1.5]), fmt).tolist() == [0, 1, 2]
 
 
 def test_values_beyond_the_ends_take_the_ends():
-    assert nearest_code(torch.tensor([-1e9, 1e9]), NF4).tolist() == [0, 15]
+    assert nearest_code(torch.tensor([-1e9, 1e9]), FORMATS["nf4"]).tolist() == [0, 15]
 
 
 @pytest.mark.parametrize(
-    ("text", "decibel"), [("nf4/group64", 20.72), ("uint4/group64/asym", 20.81), ("int4/group64", 19.35)]
+    ("text", "decibel"),
+    [("nf4/group64", 20.72), ("uint4/group64/asym", 20.81), ("fp4/group64", 19.51), ("int4/group64", 19.35)],
 )
 def test_four_bit_blocks_of_64_reach_the_published_error_on_gaussian_weights(text, decibel):
     x = torch.randn(8192, 64)

@@ -31,6 +31,16 @@ GOLDEN = {
     "int8": ([-128, -127, 126, 127], "00 01 fe ff"),
     "ternary": ([-1, 0, 1, -1, 1, 1], "b7 02"),
     "nf4": ([0, 1, 15, 8, 7], "10 8f 07"),
+    "fp4": ([0, 1, 15, 8, 7], "10 8f 07"),
+    "binary": ([1, 0, 1, 1, 0, 0, 1, 0, 1], "4d 01"),
+    "int16": ([-32768, -32767, 32767, 0, 255], "00 00 01 00 ff ff 00 80 ff 80"),
+    "uint16": ([0, 1, 65535, 256], "00 00 01 00 ff ff 00 01"),
+}
+# The other tables and fitted formats store their index as the unsigned integer of the same width.
+GOLDEN |= {
+    name: ([code for code in GOLDEN[f"uint{FORMATS[name].bits}"][0] if code <= FORMATS[name].qmax], None)
+    for name in PACKABLE
+    if name not in GOLDEN
 }
 
 
@@ -38,10 +48,11 @@ GOLDEN = {
 def test_bytes_are_the_golden_ones_and_come_back(name):
     codes, golden = GOLDEN[name]
     packed = pack(torch.tensor(codes), FORMATS[name])
-    assert packed.numpy().tobytes().hex(" ") == golden
+    like = pack(torch.tensor(codes), FORMATS[f"uint{FORMATS[name].bits}"]) if golden is None else packed
+    assert packed.numpy().tobytes().hex(" ") == (golden or like.numpy().tobytes().hex(" "))
     assert packed.dtype == torch.uint8
     back = unpack(packed, FORMATS[name], len(codes))
-    assert back.dtype == torch.int16
+    assert back.dtype == (torch.int32 if FORMATS[name].bits == 16 else torch.int16)
     assert back.tolist() == codes
 
 
@@ -65,9 +76,10 @@ def test_a_ternary_byte_is_a_number_of_base_three():
 def packable(draw: st.DrawFn) -> tuple[Format, torch.Tensor]:
     fmt = FORMATS[draw(st.sampled_from(PACKABLE))]
     rows, count = draw(st.integers(1, 4)), draw(st.integers(1, 41))
-    offsets = draw(st.binary(min_size=rows * count, max_size=rows * count))
     size = fmt.qmax - fmt.qmin + 1
-    return fmt, torch.tensor([fmt.qmin + byte % size for byte in offsets]).view(rows, count)
+    offsets = draw(st.binary(min_size=rows * count, max_size=rows * count))
+    stretch = size // 256 + 1  # so that two-byte codes fill both of their bytes
+    return fmt, torch.tensor([fmt.qmin + byte * stretch % size for byte in offsets]).view(rows, count)
 
 
 @settings(max_examples=300)
@@ -108,6 +120,15 @@ def test_float_formats_store_their_own_bytes(name, dtype):
     assert packed.shape == (3, 10)
     assert packed.numpy().tobytes() == x.to(dtype).view(torch.uint8).numpy().tobytes()
     assert torch.equal(unpack(packed, FORMATS[name], 5), x)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "e8m0"])
+def test_every_byte_of_an_eight_bit_float_that_is_a_number_survives(name):
+    packed = torch.arange(256, dtype=torch.uint8)
+    values = unpack(packed, FORMATS[name], 256)
+    numbers = values.isfinite()
+    assert numbers.sum() == {"fp8_e4m3": 254, "fp8_e5m2": 248, "e8m0": 255}[name]
+    assert torch.equal(pack(values[numbers], FORMATS[name]), packed[numbers])
 
 
 @pytest.mark.parametrize("name", ["int8", "int3", "ternary", "fp16"])

@@ -16,7 +16,7 @@ from bitwright.numerics.qtensor import QTensor, dequantize, quantize
 from bitwright.numerics.spec import QParams, QuantSpec
 
 DOUBLE = QuantSpec.parse("nf4/group64/scale(int8/group256)")
-TEXTS = [f"{name}{kind}" for name in FORMATS for kind in ("", "/channel", "/group4")]
+TEXTS = [f"{name}{kind}" for name in FORMATS if name != "e8m0" for kind in ("", "/channel", "/group4")]
 TEXTS += [f"{name}{kind}/asym" for name in ("int4", "uint3", "uint8") for kind in ("", "/channel", "/group4")]
 
 
@@ -73,7 +73,16 @@ def test_values_come_back_in_the_asked_dtype(dtype):
         ("uint4/group16/asym", 4 * 32 + 2 * 4 * 4 * 4),
         ("ternary", 4 * 13 + 4),
         ("int3", 4 * 24 + 4),
-        ("fp16", 4 * 128 + 4),
+        ("fp16", 4 * 128),  # without a scale
+        ("int16/channel", 4 * 128 + 4 * 4),
+        ("binary/channel", 4 * 8 + 4 * 4),
+        ("fp8_e4m3", 4 * 64 + 4),
+        ("fp4/group16", 4 * 32 + 4 * 4 * 4),
+        ("mxfp4", 4 * 32 + 4 * 2),
+        ("nvfp4", 4 * 32 + 4 * 4 + 4),
+        ("kmeans4", 4 * 32 + 4 + 4 * 16),
+        ("kmeans3/channel", 4 * 24 + 4 * 4 + 4 * 4 * 8),
+        ("quantile2/group16", 4 * 16 + 4 * 4 * 4 + 4 * 4),
     ],
 )
 def test_bytes_count_codes_scales_and_zero_points(text, size):

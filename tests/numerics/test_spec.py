@@ -21,9 +21,9 @@ granularities = st.one_of(
 def specs(draw: st.DrawFn, depth: int = 2) -> QuantSpec:
     fmt = draw(st.sampled_from(list(FORMATS.values())))
     symmetric = draw(st.booleans()) or not fmt.is_integer
-    if depth and draw(st.booleans()):
+    if depth and fmt.is_scaled and draw(st.booleans()):
         return QuantSpec(fmt, draw(granularities), symmetric, False, draw(specs(depth - 1)))
-    dynamic = depth == 2 and draw(st.booleans())
+    dynamic = depth == 2 and not fmt.fit and draw(st.booleans())
     kind = draw(st.one_of(granularities, st.just(Granularity("token"))) if dynamic else granularities)
     return QuantSpec(fmt, kind, symmetric, dynamic)
 
@@ -46,10 +46,25 @@ def test_a_printed_spec_reads_back_as_itself(spec):
         "int4/group16/scale(int4/group8/scale(fp16))",
         "ternary/channel",
         "fp16",
+        "fp4/group32/scale(e8m0)",
+        "fp4/group16/scale(fp8_e4m3)",
+        "kmeans4/channel",
+        "quantile4/group64/scale(int8/group256)",
+        "apot4/channel",
+        "binary/channel",
+        "int16/token/dynamic",
     ],
 )
 def test_a_spelled_spec_prints_as_it_was_spelled(text):
     assert str(QuantSpec.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("mxfp4", "fp4/group32/scale(e8m0)"), ("nvfp4", "fp4/group16/scale(fp8_e4m3)")]
+)
+def test_a_published_name_is_read_and_printed_as_what_it_stands_for(name, text):
+    assert str(QuantSpec.parse(name)) == text
+    assert QuantSpec.parse(name) == QuantSpec.parse(text)
 
 
 def test_words_may_come_in_any_order_but_are_printed_in_one():
@@ -84,6 +99,9 @@ def test_the_parts_of_a_spec_arrive_where_they_belong():
         ("int4/scale(int8", "'int4/scale\\(int8': scale\\( is not closed by \\)"),
         ("int4/scale(int8)/asym", "'int4/scale\\(int8\\)/asym': scale\\( is not closed"),
         ("int4/scale(int99)", "unknown number format 'int99'"),
+        ("kmeans4/dynamic", "kmeans4/dynamic: the table of kmeans4 is fitted and stored; remove dynamic"),
+        ("fp16/scale(int8)", "fp16/scale\\(int8\\): fp16 has no scale that could be quantized; remove scale"),
+        ("mxfp4/asym", "unknown number format 'mxfp4'"),
         ("int4/dynamic/scale(int8)", "int4/dynamic/scale\\(int8\\): quantized scales are stored, so neither"),
         ("int4/scale(int8/dynamic)", "int4/scale\\(int8/dynamic\\): quantized scales are stored, so neither"),
     ],

@@ -36,7 +36,7 @@ sites = st.builds(Site, names, st.sampled_from(["weight", "input", "input.0", "i
 def specs(draw: st.DrawFn) -> QuantSpec:
     fmt = draw(st.sampled_from(list(FORMATS.values())))
     kind = draw(st.sampled_from([Granularity(), Granularity("channel"), Granularity("group", 64)]))
-    return QuantSpec(fmt, kind, draw(st.booleans()) or not fmt.is_integer, draw(st.booleans()))
+    return QuantSpec(fmt, kind, draw(st.booleans()) or not fmt.is_integer, draw(st.booleans()) and not fmt.fit)
 
 
 @st.composite

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bitwright.errors import ExportError
 from bitwright.kernels.table import Activation
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
@@ -43,12 +44,14 @@ _DTYPES = {
 
 
 def storage(fmt: Format) -> str:
-    """The ONNX type that holds a format's codes.
+    """The ONNX type that holds a format's codes; raises `ExportError` for formats that this export cannot express.
 
     >>> from bitwright.numerics.formats import FORMATS
     >>> [storage(FORMATS[name]) for name in ("ternary", "int5", "uint3", "nf4", "bf16")]
     ['INT4', 'INT8', 'UINT4', 'UINT4', 'BFLOAT16']
     """
+    if fmt.fit or (fmt.bits > 8 and fmt.is_integer) or (fmt.dtype is not None and fmt.is_scaled):
+        raise ExportError(f"{fmt} has no ONNX form here; use nf4, fp16 or integers of at most 8 bits")
     if fmt.dtype is not None:
         return "FLOAT16" if fmt.dtype is torch.float16 else "BFLOAT16"
     return ("INT" if fmt.qmin < 0 else "UINT") + ("4" if fmt.bits <= 4 else "8")

@@ -18,11 +18,14 @@ code       -8    -8   -2    0    0    2    2    7     7
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from bitwright.errors import NumericsError
-from bitwright.numerics.codebook import nearest_code
+from bitwright.numerics.codebook import fit_codebook, look_up, nearest_code
+from bitwright.numerics.formats import Format
 from bitwright.numerics.spec import QParams, QuantSpec
 
 EPS = torch.finfo(torch.float32).eps
@@ -49,10 +52,22 @@ def round_ste(x: Tensor) -> Tensor:
     return _RoundSTE.apply(x)  # type: ignore[no-any-return]
 
 
+def round_stochastic(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``floor(x + u)`` with u uniform on [0, 1): x on average, with variance ``f (1 - f)`` of its fraction f.
+
+    For gradients and optimizer states, never for weights or activations: their codes would not be reproducible.
+
+    >>> round_stochastic(torch.tensor([2.0, -3.0])).tolist()
+    [2.0, -3.0]
+    """
+    return torch.floor(x + torch.rand(x.shape, generator=generator, device=x.device))
+
+
 def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Scale and zero point for values in ``[lo, hi]``, one pair per entry.
 
-    Symmetric: ``s = max(|lo|, |hi|) / qmax`` (``max|x|`` of a codebook is 1, so s is the largest magnitude).
+    Symmetric: ``s = max(|lo|, |hi|) / largest``, where the format's largest value is qmax, the largest magnitude in its
+    table, or the largest float. With ``scale(e8m0)`` it is a power of two instead: the shared exponent.
     Asymmetric: ``s = (hi - lo) / (qmax - qmin)``, ``z = clamp(qmin - rint(lo / s), qmin, qmax)`` on the range
     extended to contain 0 (Jacob 2018, section 2.1). Raises `NumericsError` when a bound is not finite.
 
@@ -65,13 +80,28 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     if not torch.compiler.is_compiling() and not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
         raise NumericsError(f"cannot choose a scale for {spec}: a range bound is NaN or infinite; clean the data first")
     fmt = spec.format
-    if fmt.dtype is not None:
+    if not fmt.is_scaled:
         return QParams(torch.ones_like(hi))
     if spec.symmetric:
-        largest = 1.0 if fmt.codebook else float(fmt.qmax)
-        return QParams((torch.maximum(-lo, hi) / largest).clamp(min=EPS))
+        most = torch.maximum(-lo, hi)
+        if spec.scale is not None and spec.scale.format.name == "e8m0":
+            return QParams(shared_exponent(most, fmt))
+        return QParams((most / fmt.largest).clamp(min=EPS))
     scale = ((hi - lo) / (fmt.qmax - fmt.qmin)).clamp(min=EPS)
     return QParams(scale, (fmt.qmin - (lo / scale).round()).clamp(fmt.qmin, fmt.qmax))
+
+
+def shared_exponent(most: Tensor, fmt: Format) -> Tensor:
+    """The power of two that blocks whose largest magnitude is ``most`` share, ``2**(floor(log2 most) - e)``.
+
+    e is the exponent of the format's largest value, so the largest element may be clipped (OCP Microscaling Formats
+    1.0, section 6.3). At least float32 epsilon, as every scale.
+
+    >>> shared_exponent(torch.tensor([6.0, 7.9, 8.0]), QuantSpec.parse("fp4").format).tolist()
+    [1.0, 1.0, 2.0]
+    """
+    exponent = torch.frexp(most.clamp(min=EPS)).exponent - math.frexp(fmt.largest)[1]
+    return torch.ldexp(torch.ones_like(most), exponent).clamp(min=EPS)
 
 
 def encode(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
@@ -79,7 +109,8 @@ def encode(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
 
     ``code = clamp(rint(x / s) + z, qmin, qmax)``. Gradient to x: 1 where the code was not clipped, else 0. While the
     scale is being learned the clip comes before the rounding, which gives LSQ's gradient to the scale (Esser 2020,
-    eq. 3). Codebook formats return the index of the nearest entry; float formats return the rounded float itself.
+    eq. 3). Table formats return the index of the nearest level; float formats return the rounded float itself, clipped
+    to the largest one before the cast. Raises `NumericsError` when a fitted table is missing.
 
     >>> p = QParams(torch.tensor([0.5]), torch.tensor([1.0]))
     >>> encode(torch.tensor([0.25, 0.75, 1.25, -0.25]), QuantSpec.parse("uint8/asym"), p).tolist()
@@ -87,17 +118,18 @@ def encode(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     """
     scale, zero_point = align(qparams, spec, x)
     blocks = spec.granularity.blocks(x) if spec.granularity.kind == "group" else x
-    return _encode_aligned(blocks.float(), spec, scale, zero_point).view(x.shape)
+    return _encode_aligned(blocks.float(), spec, scale, zero_point, qparams.codebook).view(x.shape)
 
 
-def _encode_aligned(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _encode_aligned(
+    x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None
+) -> Tensor:
     fmt = spec.format
+    steps = x / scale if fmt.is_scaled else x
     if fmt.dtype is not None:
-        limit = torch.finfo(fmt.dtype).max
-        return _CastSTE.apply(x.clamp(-limit, limit), fmt.dtype)  # type: ignore[no-any-return]
-    steps = x / scale
-    if fmt.codebook:
-        return nearest_code(steps, fmt.codebook)
+        return _CastSTE.apply(steps.clamp(-fmt.largest, fmt.largest), fmt.dtype)  # type: ignore[no-any-return]
+    if fmt.is_table:
+        return nearest_code(steps, fmt, codebook)
     if scale.requires_grad:
         shift = torch.zeros_like(scale) if zero_point is None else zero_point
         rounded = _RoundSTE.apply(torch.clamp(steps, fmt.qmin - shift, fmt.qmax - shift))
@@ -121,22 +153,23 @@ class _CastSTE(torch.autograd.Function):
 def decode(codes: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     """Values of ``codes``: ``(code - z) * s`` (or ``codebook[code] * s``), float32, same shape.
 
+    Raises `NumericsError` when a fitted table is missing.
+
     >>> decode(torch.tensor([3.0]), QuantSpec.parse("uint8/asym"), QParams(torch.tensor([0.5]), torch.tensor([1.0])))
     tensor([1.])
     """
     fmt = spec.format
-    if fmt.dtype is not None:
+    if not fmt.is_scaled:
         return codes.float()
     scale, zero_point = align(qparams, spec, codes)
     blocks = spec.granularity.blocks(codes) if spec.granularity.kind == "group" else codes
-    if fmt.codebook:
-        table = torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)
-        return (table[blocks.long()] * scale).view(codes.shape)
+    if fmt.is_table:
+        return (look_up(blocks, fmt, qparams.codebook) * scale).view(codes.shape)
     return (centred(blocks.float(), zero_point) * scale).view(codes.shape)
 
 
 class _ValueSTE(torch.autograd.Function):
-    """Forward the second argument, send the gradient to the first (straight-through for codebooks)."""
+    """Forward the second argument, send the gradient to the first (straight-through for tables)."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, value: Tensor) -> Tensor:
@@ -154,7 +187,7 @@ def simulate(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     tensor([0.5000, 3.5000])
     """
     value = decode(encode(x, spec, qparams), spec, qparams)
-    return _ValueSTE.apply(x, value) if spec.format.codebook else value  # type: ignore[no-any-return]
+    return _ValueSTE.apply(x, value) if spec.format.is_table else value  # type: ignore[no-any-return]
 
 
 def centred(codes: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -171,7 +204,7 @@ def align(qparams: QParams, spec: QuantSpec, x: Tensor) -> tuple[Tensor, Tensor 
 
 
 def live_qparams(x: Tensor, spec: QuantSpec) -> QParams:
-    """Scale and zero point from the live tensor, for dynamic specs; constants for autograd.
+    """Scale and zero point from the extremes of a tensor, and its fitted table if any; constants for autograd.
 
     >>> live_qparams(torch.tensor([[1.0, -2.54]]), QuantSpec.parse("int8/token/dynamic")).scale
     tensor([[0.0200]])
@@ -179,4 +212,22 @@ def live_qparams(x: Tensor, spec: QuantSpec) -> QParams:
     with torch.no_grad():
         blocks = spec.granularity.blocks(x.detach().float())
         shape = spec.granularity.scale_shape(x.shape)
-        return choose_qparams(blocks.amin(-1).view(shape), blocks.amax(-1).view(shape), spec)
+        found = choose_qparams(blocks.amin(-1).view(shape), blocks.amax(-1).view(shape), spec)
+        return with_codebook(x.detach(), spec, found)
+
+
+def with_codebook(x: Tensor, spec: QuantSpec, qparams: QParams, importance: Tensor | None = None) -> QParams:
+    """``qparams`` with the table fitted to ``x`` by these scales; as they are for formats without a fitted table.
+
+    The error that k-means minimises is that of the values: of x, not of ``x / s``. ``importance`` has the shape of x:
+    a weight per element (SqueezeLLM, Kim 2024, section 4.1: the diagonal of the Fisher information).
+    """
+    if not spec.format.fit:
+        return qparams
+    scale, _ = align(qparams, spec, x)
+    blocks = spec.granularity.blocks(x) if spec.granularity.kind == "group" else x
+    weights = scale.square().expand(blocks.shape).reshape(x.shape)
+    if importance is not None:
+        weights = weights * importance
+    table = fit_codebook((blocks.float() / scale).view(x.shape), spec, weights)
+    return QParams(qparams.scale, qparams.zero_point, table)

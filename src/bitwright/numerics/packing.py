@@ -2,8 +2,9 @@
 
 Codes are stored as ``code - qmin`` (so 0 .. 2**bits - 1), as a little-endian bit stream: code i takes bits
 ``[i * bits, (i + 1) * bits)``, where bit b of the stream is bit ``b % 8`` of byte ``b // 8``. For 4 bits the first code
-is the low nibble. Each row (last axis) starts on a byte. Ternary packs five codes in one byte as base-3 digits, first
-code least significant (3**5 = 243 <= 256): 1.6 bits per code. Float formats store their own two bytes.
+is the low nibble; codes of 16 bits are two bytes, the low one first. Each row (last axis) starts on a byte. Ternary
+packs five codes in one byte as base-3 digits, first code least significant (3**5 = 243 <= 256): 1.6 bits per code.
+Float formats store their own bytes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
     """
     if fmt.dtype is not None:
         return codes.to(fmt.dtype).contiguous().view(torch.uint8)
+    if fmt.bits == 16:
+        wide = codes.to(torch.int32) - fmt.qmin
+        return torch.stack([wide & 255, wide >> 8], -1).flatten(-2).to(torch.uint8)
     unsigned = (codes.to(torch.int16) - fmt.qmin).to(torch.uint8)
     if fmt.bits == 8:
         return unsigned
@@ -39,7 +43,7 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
 
 
 def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
-    """Codes ``[..., count]`` of packed bytes: int16 (float32 for float formats); the inverse of `pack`.
+    """Codes ``[..., count]`` of packed bytes, the inverse of `pack`: int16; int32 of 16 bits, float32 of float formats.
 
     >>> from bitwright.numerics.formats import FORMATS
     >>> unpack(torch.tensor([240, 8], dtype=torch.uint8), FORMATS["int4"], 3).tolist()
@@ -47,6 +51,9 @@ def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
     """
     if fmt.dtype is not None:
         return packed.contiguous().view(fmt.dtype).float()
+    if fmt.bits == 16:
+        low, high = packed.to(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+        return (high << 8) + low + fmt.qmin
     if fmt.bits == 8:
         return packed.to(torch.int16) + fmt.qmin
     if fmt.name == "ternary":

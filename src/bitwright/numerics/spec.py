@@ -6,6 +6,9 @@ The text form is the same in plan files, on the command line, in errors, test na
 
     int8/channel   uint8/asym   int4/group128   int8/token/dynamic   nf4/group64/scale(int8/group256)
 
+Two published combinations may be written by name; they print as what they stand for: ``mxfp4`` (OCP Microscaling 1.0)
+is ``fp4/group32/scale(e8m0)`` and ``nvfp4`` is ``fp4/group16/scale(fp8_e4m3)``.
+
 How a scale was *found* is not part of a spec: that is the observer's business.
 """
 
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from bitwright.errors import NumericsError, SpecError
 from bitwright.numerics.formats import Format, get_format
+
+ALIASES = {"mxfp4": "fp4/group32/scale(e8m0)", "nvfp4": "fp4/group16/scale(fp8_e4m3)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,8 @@ class QuantSpec:
     """What the stored numbers of a tensor mean: format, who shares a scale, zero point, where the scale comes from.
 
     ``symmetric`` means the zero point is 0. ``dynamic`` means the scale is computed from the live tensor.
-    ``scale`` says that the scales are themselves quantized (QLoRA's double quantization).
+    ``scale`` says that the scales are themselves quantized (QLoRA's double quantization, shared exponents). Formats
+    with a fitted table have one table per channel with ``channel``, else one for the whole tensor.
 
     >>> spec = QuantSpec.parse("nf4/group64/scale(int8/group256)")
     >>> spec.granularity.size, str(spec.scale)
@@ -113,6 +119,10 @@ class QuantSpec:
             raise SpecError(f"{self}: a group holds at least 2 elements; write e.g. group128")
         if self.granularity.kind == "token" and not self.dynamic:
             raise SpecError(f"{self}: one scale per token exists only at run time; write token/dynamic")
+        if self.format.fit and self.dynamic:
+            raise SpecError(f"{self}: the table of {self.format} is fitted and stored; remove dynamic")
+        if self.scale is not None and not self.format.is_scaled:
+            raise SpecError(f"{self}: {self.format} has no scale that could be quantized; remove scale(...)")
         if self.scale is not None and (self.dynamic or self.scale.dynamic):
             raise SpecError(f"{self}: quantized scales are stored, so neither spec can be dynamic")
 
@@ -133,7 +143,11 @@ class QuantSpec:
         """Read the text form.
 
         Raises `SpecError` that names the part that cannot be read.
+
+        >>> str(QuantSpec.parse("mxfp4"))
+        'fp4/group32/scale(e8m0)'
         """
+        text = ALIASES.get(text, text)
         if len(text) > 256:
             raise SpecError(f"cannot read quantization spec {text[:40]!r}...: {len(text)} characters are too many")
         head, found, inner = text.partition("/scale(")
@@ -163,7 +177,10 @@ class QParams:
     """The numbers that turn codes into values: ``value = (code - zero_point) * scale``.
 
     ``scale`` is float32 and > 0; ``zero_point`` is an integer-valued float32 tensor of the same shape, or None for 0.
+    ``codebook`` is the table of a format with a fitted one, ascending float32, ``[levels]`` or ``[rows, levels]``, and
+    None for all others: ``value = codebook[row, code] * scale``.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
+    codebook: Tensor | None = None
