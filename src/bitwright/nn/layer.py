@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bitwright.kernels import reference, training
+from bitwright.kernels.reference import Geometry
+from bitwright.kernels.training import moments
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.affine import round_ste
 
@@ -53,6 +56,17 @@ def quantizer_name(slot: str) -> str:
     'input_0_quantizer'
     """
     return slot.replace(".", "_") + "_quantizer"
+
+
+def integer_product(weight: Quantizer | None, input: Quantizer | None) -> bool:
+    """Whether two operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
+    return (
+        weight is not None
+        and input is not None
+        and weight.spec.format.is_integer
+        and weight.spec.symmetric
+        and weight.spec.granularity.kind in ("tensor", "channel")
+    )
 
 
 class QLayer(Simulated):
@@ -93,14 +107,7 @@ class QLayer(Simulated):
     @property
     def integer_product(self) -> bool:
         """Whether both operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
-        weight, input = self.weight_quantizer, self.input_quantizer
-        return (
-            weight is not None
-            and input is not None
-            and weight.spec.format.is_integer
-            and weight.spec.symmetric
-            and weight.spec.granularity.kind in ("tensor", "channel")
-        )
+        return integer_product(self.weight_quantizer, self.input_quantizer)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Float weight and bias with the batch norm folded in, as they are quantized, trained and shipped."""
@@ -114,6 +121,22 @@ class QLayer(Simulated):
         bias = start * factor + (0.0 if norm.bias is None else norm.bias.double())
         shape = (-1, *[1] * (self.weight.dim() - 1))
         return self.weight * factor.float().view(shape), bias.float()
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+        """The product of the codes of input and weight: by the shipped kernel where it can, else in torch; equal bits."""
+        quantize_input, quantize_weight = self.input_quantizer, self.weight_quantizer
+        assert quantize_input is not None
+        assert quantize_weight is not None
+        x, flat = x.float(), geometry is not None and weight.dim() == 3
+        if training.serves(x, weight, quantize_input.spec, quantize_weight.spec):
+            operands = quantize_input.operand(x), quantize_weight.operand(weight)
+            return training.product(x, weight.unsqueeze(2) if flat else weight, bias, *operands, geometry)
+        filters = quantize_weight(weight)
+        if flat:
+            filters = filters._replace(values=filters.values.unsqueeze(2))
+        if geometry is None:
+            return reference.linear(quantize_input(x), filters, bias)
+        return reference.conv2d(quantize_input(x), filters, bias, geometry)
 
     def on_grid(self, bias: Tensor | None) -> Tensor | None:
         """The bias as an integer runtime holds it: a multiple of ``s_x * s_w``, the step of the accumulator.
@@ -137,15 +160,14 @@ class QLayer(Simulated):
         if out.numel() < 2 * out.shape[1]:  # one value per channel has no variance
             return
         norm = self.norm[0]
-        axes = [axis for axis in range(out.dim()) if axis != 1]
-        var, mean = torch.var_mean(out.double(), axes, correction=1)
+        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
+        var, mean = moments(out, beta)
         factor = _factor(norm)
         alive = factor.abs() > 1e-12
         factor = torch.where(alive, factor, 1.0)
-        beta = 0.0 if norm.bias is None else norm.bias.double()
         assert norm.running_mean is not None
         assert norm.num_batches_tracked is not None
-        mean = norm.running_mean + (mean - beta) / factor
+        mean = norm.running_mean + (mean - beta.double()) / factor
         norm.num_batches_tracked += 1
         share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
         for running, batch in ((norm.running_mean, mean), (norm.running_var, var / factor.square())):

@@ -14,6 +14,7 @@ from bitwright.nn.conv import QConv1d, QConv2d
 from bitwright.nn.elementwise import QAdd
 from bitwright.nn.embedding import QEmbedding
 from bitwright.nn.linear import QLinear
+from bitwright.nn.recurrent import QGRU, QLSTM
 from bitwright.plan.site import OPERATORS, unknown_subclass
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -21,6 +22,8 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QConv1d,
     nn.Conv2d: QConv2d,
     nn.Embedding: QEmbedding,
+    nn.LSTM: QLSTM,
+    nn.GRU: QGRU,
     Add: QAdd,
 }
 

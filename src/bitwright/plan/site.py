@@ -17,6 +17,7 @@ from torch import nn
 
 from bitwright.errors import ModelError, PlanError
 from bitwright.graph.rewrite import Add
+from bitwright.kernels.recurrent import recurrence_of
 
 # Which operator a module class is; classes match exactly, see `operator_of`.
 OPERATORS: dict[type[nn.Module], str] = {
@@ -24,6 +25,8 @@ OPERATORS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv",
     nn.Conv2d: "conv",
     nn.Embedding: "embedding",
+    nn.LSTM: "recurrent",
+    nn.GRU: "recurrent",
     Add: "add",
 }
 
@@ -40,18 +43,26 @@ class Product:
     inputs: tuple[str, ...]
 
 
+def _recurrent(module: nn.RNNBase) -> tuple[Product, ...]:
+    """Two linear products per layer and direction, of its input and of its hidden state; a third with ``proj_size``."""
+    shape = recurrence_of(module)
+    pairs = (pair for suffix in shape.suffixes for pair in shape.weights(suffix))
+    return tuple(Product("linear", weight, (activation,)) for weight, activation in pairs)
+
+
 PRODUCTS: dict[str, Callable[[Any], tuple[Product, ...]]] = {
     "linear": lambda module: (Product("linear", "weight", ("input",)),),
     "conv": lambda module: (Product("conv", "weight", ("input",)),),
     "embedding": lambda module: (Product("embedding", "weight", ()),),
+    "recurrent": _recurrent,
     "add": lambda module: (Product("add", None, ADD_SLOTS),),
 }
 """What a module of each operator computes; how many products there are may depend on the module."""
 
 ADD_SLOTS = ("input.0", "input.1")
 
-_WEIGHT = r"weight(?:_[ih]h_l\d+(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight|gate_up_proj|down_proj"
-_ACTIVATION = r"input\.\d+|(?:input|hidden)(?:_l\d+(?:_reverse)?)?|query|key|value|probs"
+_WEIGHT = r"weight(?:_(?:ih|hh|hr)_l\d+(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight|gate_up_proj|down_proj"
+_ACTIVATION = r"input\.\d+|(?:input|hidden|projected)(?:_l\d+(?:_reverse)?)?|query|key|value|probs"
 _SITE = re.compile(rf"(?:(?P<path>.*?)\.)?(?P<slot>{_WEIGHT}|{_ACTIVATION})", re.DOTALL)
 
 
@@ -86,7 +97,7 @@ class Site:
 
 
 def operator_of(module: nn.Module) -> str | None:
-    """``linear``, ``conv``, ``embedding``, ``add``, or None for modules that have no quantized form.
+    """``linear``, ``conv``, ``embedding``, ``recurrent``, ``add``, or None for modules that have no quantized form.
 
     >>> operator_of(nn.Linear(2, 2)), operator_of(nn.ReLU())
     ('linear', None)

@@ -1,0 +1,125 @@
+"""The shipped form of each simulated module: a table that `convert` reads.
+
+Adding a module: write its function here (or in a file beside this one) and add a row to `SHIPPED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.kernels.recurrent import recurrence_of
+from bitwright.kernels.table import Activation
+from bitwright.lowbit.conv import LowbitConv
+from bitwright.lowbit.elementwise import LowbitAdd
+from bitwright.lowbit.embedding import LowbitEmbedding
+from bitwright.lowbit.linear import LowbitLinear
+from bitwright.lowbit.recurrent import LowbitGRU, LowbitLSTM
+from bitwright.nn.conv import geometry_of, prepad_of
+from bitwright.nn.elementwise import QAdd
+from bitwright.nn.layer import QLayer
+from bitwright.nn.quantizer import Quantizer
+from bitwright.nn.recurrent import QRecurrent
+from bitwright.numerics.affine import encode
+from bitwright.numerics.qtensor import QTensor, pack_rows
+from bitwright.numerics.spec import QParams
+
+Features = frozenset[str]
+Shared = dict[tuple[int, int], QTensor]
+"""Packed weights by identity of parameter and quantizer, so that tied weights are packed once."""
+
+
+def activation(quantizer: Quantizer | None) -> Activation | None:
+    """How a shipped module encodes an input; None for float inputs."""
+    if quantizer is None:
+        return None
+    qparams = quantizer.qparams
+    if qparams is not None:
+        zero_point = qparams.zero_point
+        qparams = QParams(qparams.scale.detach().clone(), None if zero_point is None else zero_point.clone())
+    return Activation(quantizer.spec, qparams)
+
+
+@torch.no_grad()
+def pack_weight(weight: Tensor, quantizer: Quantizer) -> QTensor:
+    """A float weight as it is stored: its codes, packed, with the quantizer's scale and zero point."""
+    qparams, spec = quantizer.qparams, quantizer.spec
+    assert qparams is not None
+    scale, zero_point = qparams.scale.detach().clone(), qparams.zero_point
+    packed = pack_rows(encode(weight, spec, qparams), spec)
+    return QTensor(packed, scale, None if zero_point is None else zero_point.clone(), spec, tuple(weight.shape))
+
+
+def pack_once(weight: Tensor, quantizer: Quantizer, packed: Shared) -> QTensor:
+    """`pack_weight`, once per parameter and quantizer."""
+    key = (id(weight), id(quantizer))
+    if key not in packed:
+        packed[key] = pack_weight(weight, quantizer)
+    return packed[key]
+
+
+@torch.no_grad()
+def _weight(layer: QLayer, packed: Shared) -> tuple[QTensor, Tensor | None]:
+    """A layer's weight as stored, with its batch norm folded in, and its float bias."""
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None
+    weight, bias = layer.folded()
+    stored = pack_weight(weight, quantizer) if layer.norm else pack_once(weight, quantizer, packed)
+    return stored, layer.on_grid(bias)
+
+
+def _linear(module: Any, features: Features, packed: Shared) -> nn.Module:
+    return LowbitLinear(*_weight(module, packed), activation(module.input_quantizer), features)
+
+
+def _embedding(module: Any, features: Features, packed: Shared) -> nn.Module:
+    return LowbitEmbedding(_weight(module, packed)[0], None, None, features)
+
+
+def _conv(module: Any, features: Features, packed: Shared) -> nn.Module:
+    weight, bias = _weight(module, packed)
+    input = activation(module.input_quantizer)
+    return LowbitConv(weight, bias, input, features, geometry_of(module), prepad_of(module))
+
+
+def _add(module: QAdd, features: Features, packed: Shared) -> nn.Module:
+    left, right = activation(module.input_0_quantizer), activation(module.input_1_quantizer)
+    assert left is not None
+    assert right is not None
+    return LowbitAdd((left, right), features)
+
+
+def _recurrent(module: QRecurrent, features: Features, packed: Shared) -> nn.Module:
+    parts = {
+        slot: part_of(module, slot, module.bias_of(slot), activation(module.quantizer(input)), features, packed)
+        for slot, input in module.pairs()
+    }
+    cls = LowbitLSTM if module.mode == "LSTM" else LowbitGRU
+    return cls(recurrence_of(module), parts)
+
+
+def part_of(
+    module: Any, slot: str, bias: Tensor | None, input: Activation | None, features: Features, packed: Shared
+) -> nn.Module:
+    """One linear product of a module with several: packed, or an `nn.Linear` where its weight stays in float."""
+    weight, quantizer = module.get_parameter(slot), module.quantizer(slot)
+    if quantizer is not None:
+        return LowbitLinear(pack_once(weight, quantizer, packed), bias, input, features)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+SHIPPED: dict[type[nn.Module], Callable[[Any, Features, Shared], nn.Module]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    QAdd: _add,
+    QRecurrent: _recurrent,
+}
+"""The first row whose class a simulated module is an instance of makes its shipped form."""
