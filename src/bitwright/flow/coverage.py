@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from bitwright.flow.prepare import plan_of
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
+from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.plan.target import spelled
 
@@ -43,7 +44,7 @@ def coverage(model: nn.Module) -> list[Covered]:
 
     for path, module in model.named_modules():
         if isinstance(module, LowbitLayer):
-            site = Site(path, "weight")
+            site = _site(path, plan)
             stored = once(module.packed, module.weight_scale, module.weight_zero_point)
             ranges = once(module.input_scale, module.input_zero_point)
             elements = module.weight.shape[0] * (module.weight.codes[0].numel())
@@ -56,7 +57,7 @@ def coverage(model: nn.Module) -> list[Covered]:
             if module.bias is not None:
                 rows.append(
                     Covered(
-                        f"{path}.bias",
+                        str(replace(site, slot=site.slot.replace("weight", "bias"))),
                         "float",
                         "",
                         once(module.bias),
@@ -73,7 +74,16 @@ def coverage(model: nn.Module) -> list[Covered]:
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ):
-                full = f"{path}.{name}" if path else name
-                why = plan.why.get(Site(path, "weight"), f"{type(module).__name__} has no quantized form")
+                full, site = f"{path}.{name}" if path else name, _site(path, plan)
+                if site.path != path:  # a product that stays in float, inside a shipped module
+                    full = str(replace(site, slot=site.slot.replace("weight", name)))
+                why = plan.why.get(site, f"{type(module).__name__} has no quantized form")
                 rows.append(Covered(full, "float", "", once(tensor), tensor.numel(), why))
     return rows
+
+
+def _site(path: str, plan: Plan) -> Site:
+    """The site of a layer's weight; a part of a module with several products is named after its slot there."""
+    parent, _, slot = path.rpartition(".")
+    part = Site(parent, slot)
+    return part if part in plan.sites and part.is_weight else Site(path, "weight")

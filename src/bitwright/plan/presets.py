@@ -5,6 +5,7 @@ A preset is five lines of data. What it leaves in float, and why, is written int
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from bitwright.graph import patterns
 from bitwright.graph.dataflow import ADDS, Dataflow, Node, record
 from bitwright.graph.rewrite import why_not_nameable
 from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.site import ADD_SLOTS, Site, operator_of, products_of, slots_of, unknown_subclass
+from bitwright.plan.site import ADD_SLOTS, Product, Site, operator_of, products_of, slots_of, unknown_subclass
 from bitwright.plan.target import Target
 
 Pair = tuple[str | None, str | None]
@@ -102,7 +103,7 @@ def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:
     kept = dict.fromkeys(patterns.classifiers(flow, model), "the classifier stays in float by default")
     for parameter, function in patterns.bypassed_parameters(flow).items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight":
+        if leaf == "weight" or leaf in slots_of(model.get_submodule(path)):
             kept[path] = f"its weight is read by {function} behind the module's back"
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -139,7 +140,7 @@ def _decide(out: Proposal, name: str, preset: Preset, path: str, module: nn.Modu
     for product in products_of(module):
         weight, input = preset.pair(product.op)
         why = f"preset {name}"
-        if product.op in ("linear", "conv") and first and preset.first is not None:
+        if product.op in ("linear", "conv") and first and _meets_input(product) and preset.first is not None:
             (weight, input), why = preset.first, f"preset {name}: a layer that sees the raw input keeps 8 bits"
         if kept:
             weight, input, why = None, None, kept
@@ -151,6 +152,11 @@ def _decide(out: Proposal, name: str, preset: Preset, path: str, module: nn.Modu
             out.sites[site], out.why[site] = None if spec is None else QuantSpec.parse(spec), why
             if site.is_weight and spec is not None:
                 _fit_group(out, site, module)
+
+
+def _meets_input(product: Product) -> bool:
+    """Whether a product multiplies what its module is given; recurrent modules have others too."""
+    return not any(re.match("hidden|projected|input_l[1-9]", slot) for slot in product.inputs)
 
 
 def _fit_group(out: Proposal, site: Site, module: nn.Module) -> None:
