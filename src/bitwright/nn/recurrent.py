@@ -25,7 +25,8 @@ from bitwright.kernels.recurrent import Product, Products, State
 from bitwright.kernels.reference import Codes, codes_of, largest_code
 from bitwright.nn.layer import Simulated, integer_product
 from bitwright.nn.quantizer import Quantizer, Stage
-from bitwright.numerics.ste import codes_with_gradient
+from bitwright.numerics.affine import live_qparams
+from bitwright.numerics.ste import Learning, codes_with_gradient, simulated
 
 
 class QRecurrent(Simulated, nn.RNNBase):
@@ -80,13 +81,14 @@ class QRecurrent(Simulated, nn.RNNBase):
         weight, bias, quantize_weight = getattr(self, slot), self.bias_of(slot), self.quantizer(slot)
         if quantize_weight is None or quantize_weight.stage is not Stage.SIMULATE:
             return partial(F.linear, weight=weight, bias=bias)
-        if quantize_input is not None and integer_product(quantize_weight, quantize_input):
-            codes, encoded = quantize_weight(weight), _encoder(quantize_input, steps * weight.shape[1])
-            return lambda x: reference.linear(encoded(x), codes, bias)
-        values = quantize_weight.simulate(weight)
         if quantize_input is None:
-            return partial(F.linear, weight=values, bias=bias)
-        return lambda x: F.linear(quantize_input.simulate(x), values, bias)
+            return partial(F.linear, weight=quantize_weight.simulate(weight), bias=bias)
+        learning = _learning(quantize_input, steps, weight.shape[1])
+        if integer_product(quantize_weight, quantize_input):
+            codes, encoded = quantize_weight(weight), _encoder(quantize_input, learning)
+            return lambda x: reference.linear(encoded(x), codes, bias)
+        values, decoded = quantize_weight.simulate(weight), _simulator(quantize_input, learning)
+        return lambda x: F.linear(decoded(x), values, bias)
 
 
 class QLSTM(QRecurrent, nn.LSTM):
@@ -102,19 +104,29 @@ def _noting(taken: list[Tensor], product: Product, x: Tensor) -> Tensor:
     return product(x)
 
 
-def _encoder(quantizer: Quantizer, elements: int) -> Callable[[Tensor], Codes]:
-    """``x -> codes`` with the range read once; ``elements`` of a sequence share a static scale, over all its steps.
-
-    Without that number every step would count as a sample of its own, and the gradient of the scale, a sum over steps,
-    would be too large by the root of their number (LSQ, Esser 2020, section 2.2).
-    """
+def _encoder(quantizer: Quantizer, learning: Learning) -> Callable[[Tensor], Codes]:
+    """``x -> codes``, with one range for all calls; live ranges are those of each call."""
     qparams, spec = quantizer.qparams, quantizer.spec
     if qparams is None:
         return lambda x: codes_of(x, spec, None)
-    learning = quantizer.learning(torch.empty(1, elements, device="meta"))
     limit, scale, offset = largest_code(spec), quantizer.scale, quantizer.offset
 
     def encoded(x: Tensor) -> Codes:
         return Codes(codes_with_gradient(x, spec, qparams, learning, scale, offset), qparams.scale, limit)
 
     return encoded
+
+
+def _simulator(quantizer: Quantizer, learning: Learning) -> Callable[[Tensor], Tensor]:
+    """``x -> values of its codes``, for products that are computed in float."""
+    qparams, spec, scale, offset = quantizer.qparams, quantizer.spec, quantizer.scale, quantizer.offset
+    return lambda x: simulated(x, spec, qparams or live_qparams(x, spec), learning, scale, offset)
+
+
+def _learning(quantizer: Quantizer, steps: int, features: int) -> Learning:
+    """How a static range learns that serves all elements of a sequence.
+
+    Were every step a sample of its own, the gradient of the scale, a sum over steps, would be too large by the root of
+    their number (LSQ, Esser 2020, section 2.2).
+    """
+    return quantizer.learning(torch.empty(1, steps * features, device="meta"))
