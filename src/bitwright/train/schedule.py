@@ -1,7 +1,7 @@
 """`Schedule`: the three phases of quantization-aware training, usable in any loop.
 
 ========= ====== ================== ============= ================= ================
-phase     share  weights            scales        batch norm stats  who trains
+phase     share  weights            ranges        batch norm stats  who trains
 ========= ====== ================== ============= ================= ================
 WARMUP    25 %   train              fixed         updating          everything
 JOINT     50 %   train              learned (LSQ) updating          everything
@@ -15,17 +15,27 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import TrainingError
-from bitwright.flow.prepare import plan_of
-from bitwright.nn.layer import QLayer
-from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.nn.layer import QLayer, Simulated
+from bitwright.train.groups import (
+    check_optimizer,
+    check_ready,
+    param_groups,
+    prepared_part,
+    ranges_of,
+    trainable_names,
+    weight_errors,
+)
+from bitwright.train.oscillation import Oscillation
+from bitwright.train.precision import Precision, set_bits
 
 
 class Phase(enum.Enum):
@@ -43,7 +53,10 @@ class Schedule:
     ``lr`` is the initial rate of the *original* training (QAT uses 1 % to 0.01 % of it). ``shares`` are the lengths
     of the three phases. ``ramp`` is the share of steps over which the rate rises linearly at the start. In the last
     phase the layers that make up the first ``keep`` of the summed sensitivity go on training; ``sensitivity`` maps
-    module paths to scores, by default the relative squared error of each quantized weight.
+    module paths to scores, by default the relative squared error of each quantized weight. ``freeze_norms`` is the
+    share of steps after which batch norm statistics stay (default: the end of the joint phase; it may come earlier).
+    ``precision`` changes bits on the way (`Progressive`, `Cyclic`), ``oscillation`` freezes weights that flip between
+    two codes (`Oscillation`). Raises `TrainingError` for values that make no sense.
 
     >>> schedule = Schedule(steps=100, lr=0.1)
     >>> [schedule.phase(step).value for step in (0, 30, 99)]
@@ -56,21 +69,55 @@ class Schedule:
     ramp: float = 0.02
     keep: float = 0.8
     sensitivity: Mapping[str, float] | None = None
+    freeze_norms: float | None = None
+    precision: Precision | None = None
+    oscillation: Oscillation | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        object.__setattr__(self, "shares", tuple(self.shares))
+        if self.sensitivity is not None:
+            object.__setattr__(self, "sensitivity", dict(self.sensitivity))  # later changes must not reach a run
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise TrainingError(f"a schedule needs at least 1 step, got {self.steps}")
-        if min(self.shares) < 0 or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
+        total = sum(self.shares)
+        if len(self.shares) != 3 or not min(self.shares) >= 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
             raise TrainingError(f"the shares of the three phases must add up to 1, got {self.shares}")
-        if not self.lr > 0 or not 0 < self.keep <= 1 or not 0 <= self.ramp < 1:
+        if not 0 < self.lr < math.inf or not 0 < self.keep <= 1 or not 0 <= self.ramp < 1:
             raise TrainingError(
                 f"expected lr > 0, 0 < keep <= 1, 0 <= ramp < 1; got {self.lr}, {self.keep}, {self.ramp}"
+            )
+        for path, score in (self.sensitivity or {}).items():
+            if not 0 <= score < math.inf:
+                raise TrainingError(f"a sensitivity is finite and not negative, got {score} for {path!r}")
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        """What changes ranges or statistics must have ended when the last phase freezes them."""
+        end = self.shares[0] + self.shares[1] + 1e-6
+        if self.freeze_norms is not None and not 0 <= self.freeze_norms <= end:
+            raise TrainingError(
+                f"freeze_norms must lie between 0 and the end of the joint phase ({end:.3g}), got {self.freeze_norms}"
+            )
+        if self.precision is not None and self.precision.until > end:
+            raise TrainingError(
+                f"bits must not change after the joint phase, which ends at {end:.3g}; got until={self.precision.until}"
             )
 
     def phase(self, step: int) -> Phase:
         """The phase of a step (0-based); steps past the end stay in the last phase."""
-        joint, finetune = (round(sum(self.shares[:n]) * self.steps) for n in (1, 2))
+        if step < 0:
+            raise TrainingError(f"steps count from 0, got {step}")
+        joint, finetune = self._ends()
         return Phase.WARMUP if step < joint else Phase.JOINT if step < finetune else Phase.FINETUNE
+
+    def _ends(self) -> tuple[int, int]:
+        joint, finetune = (round(sum(self.shares[:n]) * self.steps) for n in (1, 2))
+        return joint, finetune
+
+    def norms_frozen(self, step: int) -> bool:
+        """Whether batch norm statistics stay as they are at a step."""
+        end = self._ends()[1]
+        return step >= (end if self.freeze_norms is None else min(end, round(self.freeze_norms * self.steps)))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step: linear ramp, then cosine from ``0.01 * lr`` to ``0.0001 * lr``."""
@@ -85,40 +132,55 @@ class Schedule:
         return torch.optim.SGD(param_groups(model, weight_decay), lr=self.lr_at(0), momentum=momentum)
 
     def apply(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> Phase:
-        """Set what trains, what is frozen and the learning rate for a step.
+        """Set what trains, what is frozen, the bits and the learning rate for a step.
 
-        Call it before every step (or epoch), after ``model.train()``.
+        Call it before every step (or epoch); ``model.train()`` and ``model.eval()`` may be called before or after. The
+        schedule decides what trains: ``requires_grad`` that you toggle between steps is set again. Parameters that were
+        frozen before the first call stay frozen.
 
-        Raises `TrainingError` for a model that is not prepared and calibrated.
+        Raises `TrainingError` for a model that is not prepared and calibrated, for an optimizer that was built for
+        another model or before `prepare`, and inside ``torch.no_grad``.
         """
-        _check_ready(model)
+        model = prepared_part(model)
+        check_ready(model)
         phase = self.phase(step)
         if getattr(model, "bitwright_phase", None) is not phase:
-            self._enter(model, phase)
-        if phase is Phase.FINETUNE:
-            for module in model.modules():
-                if isinstance(module, _BatchNorm):  # those that no layer holds: model.train() has set them updating
-                    module.eval()
+            self.check(model, optimizer)
+            sensitive = self.sensitive_layers(model) if phase is Phase.FINETUNE else []
+            model.bitwright_sensitive, model.bitwright_phase = sensitive, phase  # type: ignore[assignment]
+        self._select(model, phase)
+        _freeze_norms(model, self.norms_frozen(step))
+        if self.precision is not None:
+            set_bits(model, self.precision, step, self.steps)
         if optimizer is not None:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr_at(step)
+                _set_rate(group, self.lr_at(step))
         return phase
 
-    def _enter(self, model: nn.Module, phase: Phase) -> None:
-        _check_paths(model, self.sensitivity or ())
-        trainable = _trainable(model)
-        sensitive = set(self.sensitive_layers(model)) if phase is Phase.FINETUNE else set()
-        kept = {id(parameter) for path in sensitive for parameter in _own_parameters(model, path)}
-        scales = {id(parameter) for parameter in _scales(model)}
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Raise what `apply` raises, and change nothing."""
+        if not torch.is_grad_enabled():
+            raise TrainingError("Schedule.apply was called without gradients; leave torch.no_grad to train")
+        model = prepared_part(model)
+        check_ready(model)
+        known = dict(model.named_modules())
+        for path in self.sensitivity or ():
+            if path not in known:
+                raise TrainingError(f"Schedule(sensitivity=...) names {path!r}, but the model has no such module")
+        if optimizer is not None:
+            check_optimizer(model, optimizer, ranges=self.shares[1] > 0)
+
+    def _select(self, model: nn.Module, phase: Phase) -> None:
+        trainable, ranges = trainable_names(model), {id(parameter) for parameter in ranges_of(model)}
+        paths: Any = model.bitwright_sensitive
+        kept = {id(parameter) for path in paths for parameter in _own_parameters(model, path)}
         for name, parameter in model.named_parameters():
-            if id(parameter) in scales:
+            if id(parameter) in ranges:
                 _set_trainable(parameter, phase is Phase.JOINT)
             elif name in trainable:
                 _set_trainable(parameter, phase is not Phase.FINETUNE or id(parameter) in kept)
-        for module in model.modules():
-            if isinstance(module, QLayer):
-                module.freeze_norm = phase is Phase.FINETUNE
-        model.bitwright_phase = phase  # type: ignore[assignment]
+            else:
+                _set_trainable(parameter, False)
 
     def sensitive_layers(self, model: nn.Module) -> list[str]:
         """Paths of the layers that go on training in the last phase, most sensitive first."""
@@ -132,78 +194,39 @@ class Schedule:
         return found
 
 
-@torch.no_grad()
-def weight_errors(model: nn.Module) -> dict[str, float]:
-    """``{path: |Q(W) - W|^2 / |W|^2}`` for every layer with a quantized weight."""
-    errors = {}
-    for path, module in model.named_modules():
-        if isinstance(module, QLayer) and module.weight_quantizer is not None:
-            weight = module.folded()[0]
-            noise = (module.weight_quantizer.simulate(weight) - weight).square().sum()
-            errors[path] = (noise / weight.square().sum().clamp(min=1e-30)).item()
-    return errors
-
-
-def param_groups(model: nn.Module, weight_decay: float = 1e-4) -> list[dict[str, object]]:
-    """Three optimizer groups: weights (with decay), biases and norms (without), quantizer scales (without).
-
-    Scales are listed although they train only in the joint phase. Parameters that you froze yourself are left out.
-    """
-    scales = list(_scales(model))
-    taken = {id(parameter) for parameter in scales}
-    trainable = _trainable(model)
-    own = [p for name, p in model.named_parameters() if name in trainable and id(p) not in taken]
-    return [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
-        {"params": scales, "weight_decay": 0.0},
-    ]
-
-
-def _scales(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every learnable scale once; float formats have none, codebooks keep theirs fixed."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Quantizer) and module.scale is not None and module.spec.format.is_integer:
-            if id(module.scale) not in seen:
-                seen.add(id(module.scale))
-                yield module.scale
-
-
-def _trainable(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that were trainable when training was set up: what the user froze stays frozen."""
-    names = getattr(model, "bitwright_trainable", None)
-    if names is None:
-        names = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        model.bitwright_trainable = names  # type: ignore[assignment]
-    return names
-
-
 def _own_parameters(model: nn.Module, path: str) -> Iterator[nn.Parameter]:
     layer = model.get_submodule(path)
-    yield from layer.parameters(recurse=False)
-    if isinstance(layer, QLayer) and layer.norm:
-        yield from layer.norm[0].parameters()
+    return layer.own_parameters() if isinstance(layer, Simulated) else layer.parameters(recurse=False)
 
 
 def _set_trainable(parameter: nn.Parameter, value: bool) -> None:
-    parameter.requires_grad_(value)
+    if parameter.requires_grad is not value:
+        parameter.requires_grad_(value)
     if not value:
         parameter.grad = None  # a stale gradient would still move it
 
 
-def _check_paths(model: nn.Module, paths: Iterable[str]) -> None:
-    known = dict(model.named_modules())
-    for path in paths:
-        if path not in known:
-            raise TrainingError(f"Schedule(sensitivity=...) names {path!r}, but the model has no such module")
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
-def _check_ready(model: nn.Module) -> None:
-    plan_of(model)
-    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
-    if not quantizers:
-        raise TrainingError("this model has no simulated layers: it was converted already; train the prepared model")
-    waiting = [q.site for q in quantizers if q.stage is not Stage.SIMULATE]
-    if waiting:
-        raise TrainingError(f"{waiting[0]} has no scale yet; call bitwright.calibrate before training")
+def _freeze_norms(model: nn.Module, frozen: bool) -> None:
+    """Frozen statistics stay whatever ``model.train()`` does: norms that no layer holds leave training as they run."""
+    for module in model.modules():
+        if isinstance(module, QLayer):
+            module.freeze_norm = frozen
+        if isinstance(module, _BatchNorm):
+            hooks = [key for key, hook in module._forward_pre_hooks.items() if hook is _stay_in_eval]
+            if frozen:
+                module.eval()
+            if frozen and not hooks:
+                module.register_forward_pre_hook(_stay_in_eval)
+            for key in () if frozen else hooks:
+                del module._forward_pre_hooks[key]
+
+
+def _stay_in_eval(module: nn.Module, _: Any) -> None:
+    module.eval()
