@@ -136,12 +136,10 @@ def test_lsq_plus_has_the_published_gradients(spec: str, zero: float) -> None:
 
 
 def test_the_offset_learns_where_values_are_clipped_only() -> None:
-    inside = torch.tensor([0.1, 0.3])
-    _, _, _, db = run(inside, "uint4/asym", torch.tensor([0.5]), "lsq+", zero_point=torch.tensor([3.0]), offset=-1.5 * torch.ones(1))  # fmt: skip
-    assert db.item() == 0
-    outside = torch.tensor([-9.0, 9.0, 20.0])
-    _, _, _, db = run(outside, "uint4/asym", torch.tensor([0.5]), "lsq+", zero_point=torch.tensor([3.0]), offset=-1.5 * torch.ones(1))  # fmt: skip
-    assert db.item() == 3
+    fixed = {"zero_point": torch.tensor([3.0]), "offset": torch.tensor([-1.5])}
+    for x, expected in (([0.1, 0.3], 0), ([-9.0, 9.0, 20.0], 3)):
+        _, _, _, db = run(torch.tensor(x), "uint4/asym", torch.tensor([0.5]), "lsq+", **fixed)
+        assert db.item() == expected
 
 
 def test_pact_is_a_clamp_with_the_gradient_of_its_upper_end() -> None:

@@ -14,12 +14,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import ModelError, PlanError
-from bitwright.graph.rewrite import name_adds
+from bitwright.graph.calls import Attention
+from bitwright.graph.multihead import CHILD
+from bitwright.graph.rewrite import name_calls
+from bitwright.nn.attention import Probabilities
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.swap import swapped
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import Site, check_preparable, operator_of, slots_of
+from bitwright.plan.site import Site, call_of, check_preparable, operator_of, slots_of
 from bitwright.plan.validate import validate
 
 
@@ -39,14 +42,15 @@ def prepare(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module
     validate(plan, model)
     _check_weights(plan, model)
     _check_structure(plan, model)
-    _name_adds(model, plan, rehearse=True)
+    _name_calls(model, plan, rehearse=True)
     model = model if inplace else copy.deepcopy(model)
-    _name_adds(model, plan)
+    _name_calls(model, plan)
     quantizers = {site: _quantizer(model, plan, site) for site, spec in plan.sites.items() if spec is not None}
     for site, leader in plan.shared.items():
         if site in quantizers:
             quantizers[site] = quantizers[leader]
-    for path in dict.fromkeys(site.path for site in quantizers):
+            quantizers[leader].consumers += 1
+    for path in dict.fromkeys((*(site.path for site in quantizers), *_to_open(model, quantizers))):
         _swap(model.get_submodule(path), path, quantizers)
     for path, norm in plan.folds.items():
         _fold(model, path, norm)
@@ -95,32 +99,43 @@ def _check_structure(plan: Plan, model: nn.Module) -> None:
             raise PlanError(f"[shared] {site} = {leader}: these are not one tensor in this model; make a new plan")
 
 
-def _name_adds(model: nn.Module, plan: Plan, *, rehearse: bool = False) -> None:
-    """Name the adds of the plan; a rehearsal does it on shallow copies and only raises what there is to raise."""
-    owners: dict[str, list[int]] = {}
+def _name_calls(model: nn.Module, plan: Plan, *, rehearse: bool = False) -> None:
+    """Name the functional calls of the plan; a rehearsal does it on shallow copies and only raises what there is."""
+    owners: dict[str, dict[str, set[int]]] = {}
     modules = dict(model.named_modules())
     for site, spec in plan.sites.items():
-        if site.slot == "input.0" and spec is not None and site.path not in modules:
-            owner, _, leaf = site.path.rpartition(".")
-            if not re.fullmatch("add_(0|[1-9][0-9]{0,5})", leaf):
-                raise PlanError(f"{site}: adds are called add_0, add_1, ...; make a new plan")
-            owners.setdefault(owner, []).append(int(leaf.removeprefix("add_")))
-    for owner, ordinals in owners.items():
+        if spec is not None and site.path not in modules and (call := call_of(site.path)):
+            owner, kind, ordinal = call
+            if not re.fullmatch("0|[1-9][0-9]{0,5}", site.path.rpartition("_")[2]):
+                raise PlanError(f"{site}: {kind}s are called {kind}_0, {kind}_1, ...; make a new plan")
+            owners.setdefault(owner, {}).setdefault(kind, set()).add(ordinal)
+    for owner, kinds in owners.items():
         module = modules[owner]
         if rehearse:
             module = copy.copy(module)
             module._modules = dict(module._modules)
-        try:
-            name_adds(module, ordinals)
-        except Exception as cause:
-            raise PlanError(f"{owner or type(model).__name__}: cannot name its adds: {cause}") from cause
+        for kind, ordinals in kinds.items():
+            try:
+                _name(module, kind, sorted(ordinals))
+            except Exception as cause:
+                raise PlanError(f"{owner or type(model).__name__}: cannot name its {kind}s: {cause}") from cause
+
+
+def _name(module: nn.Module, kind: str, ordinals: list[int]) -> None:
+    if operator_of(module) == "multihead":
+        if (kind, ordinals) != ("attention", [0]):
+            raise ModelError(f"the products of nn.MultiheadAttention are {CHILD}")
+        module.add_module(CHILD, Attention())
+    else:
+        name_calls(module, kind, ordinals)
 
 
 def _quantizer(model: nn.Module, plan: Plan, site: Site) -> Quantizer:
     spec = plan.sites[site]
     assert spec is not None
     shape = tuple(model.get_submodule(site.path).get_parameter(site.slot).shape) if site.is_weight else None
-    return Quantizer(
+    known = site.slot == "probs" and plan.range_rule(site) == "fixed" and not spec.dynamic
+    return (Probabilities if known else Quantizer)(
         str(site), spec, shape, plan.observers["weight" if site.is_weight else "input"], plan.range_rule(site)
     )
 
@@ -137,6 +152,12 @@ def _fold(model: nn.Module, path: str, norm_path: str) -> None:
     assert isinstance(layer, QLayer)
     assert isinstance(norm, _BatchNorm)
     layer.fold(norm)
+
+
+def _to_open(model: nn.Module, quantizers: dict[Site, Quantizer]) -> list[str]:
+    """Attention modules with a quantized part: in float they would read its weights past the part itself."""
+    paths = [path for path, module in model.named_modules() if operator_of(module) == "multihead"]
+    return [path for path in paths if any(f"{site.path}.".startswith(f"{path}.".lstrip(".")) for site in quantizers)]
 
 
 def _leave_fused_paths(model: nn.Module) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from bitwright.errors import CalibrationError, SpecError
 from bitwright.kernels.reference import Codes, codes_of, largest_code
+from bitwright.kernels.training import Operand
 from bitwright.nn.ranges import RangeRule, get_rule
-from bitwright.numerics.affine import EPS, live_qparams
+from bitwright.nn.tracker import Tracker, range_ends
+from bitwright.numerics.affine import EPS, choose_qparams, live_qparams
 from bitwright.numerics.formats import Format
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.numerics.ste import Learning, codes_with_gradient, simulated
@@ -38,8 +40,12 @@ class Quantizer(nn.Module):
     ``scale`` is a parameter (float32, at least one dimension; trained only while its ``requires_grad`` is set), with
     the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Where the rule learns an
     offset (LSQ+), ``offset`` is a parameter and the zero point follows from it in every forward. Dynamic specs have
-    none of these. ``rule`` says how the range moves in training.
+    none of these. ``rule`` says how the range moves in training; ``tracker`` follows the data for rules that do, unless
+    ``freeze_range`` is set. A range that only the data moves is no parameter: its ``scale`` is a buffer.
+    ``consumers`` counts the layers that read the tensor through this quantizer.
     """
+
+    tracker: Tracker | None
 
     def __init__(
         self, site: str, spec: QuantSpec, shape: tuple[int, ...] | None, observer: str, rule: str = "lsq"
@@ -50,15 +56,23 @@ class Quantizer(nn.Module):
         self.is_weight = shape is not None
         self.stage = Stage.FLOAT
         self.observer: Observer | None = None
+        self.consumers, self.freeze_range = 1, False
+        self.tracker = None
         self.scale: nn.Parameter | None
         self.offset: nn.Parameter | None
         self.zero_point: Tensor | None
-        self.register_parameter("scale", None)
         self.register_parameter("offset", None)
         self.register_buffer("zero_point", None)
-        if not spec.dynamic:
+        if spec.dynamic:
+            self.register_parameter("scale", None)
+        else:
             scale_shape = (1,) if shape is None else spec.granularity.scale_shape(shape)
-            self.scale = nn.Parameter(torch.ones(scale_shape), requires_grad=False)
+            if self.rule.tracker is not None and not self.is_weight:
+                self.tracker = self.rule.tracker()
+            if self.tracker is not None and not self.rule.learns:  # sharding would lose what a forward writes to it
+                self.register_buffer("scale", torch.ones(scale_shape))
+            else:
+                self.scale = nn.Parameter(torch.ones(scale_shape), requires_grad=False)
             if not spec.symmetric:
                 self.zero_point = torch.zeros(scale_shape)
                 if self.rule.learns_offset:
@@ -74,6 +88,8 @@ class Quantizer(nn.Module):
         if self.scale is None:
             return None
         scale, zero_point = self.scale.detach().clamp(min=EPS), self.zero_point
+        if self.tracker is not None and zero_point is not None:
+            zero_point = zero_point.clone()  # the next forward overwrites it, maybe before the backward of this one
         if self.offset is not None:
             fmt = self.spec.format
             zero_point = (-self.offset.detach() / scale).round().clamp(fmt.qmin, fmt.qmax)
@@ -112,9 +128,15 @@ class Quantizer(nn.Module):
     def fall_back_to_dynamic(self) -> None:
         """Take the range from each live tensor instead: for an activation that calibration never saw."""
         self.spec = replace(self.spec, dynamic=True)
-        self.scale, self.offset, self.zero_point = None, None, None
+        self.scale, self.offset, self.zero_point, self.tracker = None, None, None, None
 
     def set_qparams(self, qparams: QParams) -> None:
+        """Store a scale and zero point, in place; tracking begins anew from this range."""
+        self.move_to(qparams)
+        if self.tracker is not None:
+            self.tracker.start(range_ends(qparams, self.spec))
+
+    def move_to(self, qparams: QParams) -> None:
         """Store a scale and zero point, in place."""
         assert self.scale is not None
         with torch.no_grad():
@@ -166,13 +188,26 @@ class Quantizer(nn.Module):
         values = codes_with_gradient(x, self.spec, qparams, self.learning(x), self.scale, self.offset)
         return Codes(values, qparams.scale, largest_code(self.spec))
 
+    def operand(self, x: Tensor) -> Operand:
+        """How ``x`` enters a product of integers, for the training kernels."""
+        self.track(x)
+        qparams = self.qparams or live_qparams(x, self.spec)
+        learning = self.learning(x)
+        learned = (None, None) if learning.rule == "none" else (self.scale, self.offset)
+        return Operand(self.spec, qparams, learning, *learned)
+
     def simulate(self, x: Tensor) -> Tensor:
         """Values of the codes of ``x``, for products that are computed in float."""
         self.track(x)
         qparams = self.qparams or live_qparams(x, self.spec)
         return simulated(x, self.spec, qparams, self.learning(x), self.scale, self.offset)
 
+    @torch.no_grad()
     def track(self, x: Tensor) -> None:
-        """Let a rule that follows the data move the range, in training mode only."""
-        if self.rule.tracks and self.training and self.scale is not None and not self.is_weight:
-            self.rule.track(self, x)
+        """Let a rule that follows the data take note of a batch: in training mode only, and not while frozen."""
+        tracker = self.tracker
+        if tracker is None or not self.training or self.freeze_range:
+            return
+        tracker.update(x.detach(), self.consumers)
+        if tracker.publishes:
+            self.move_to(choose_qparams(tracker.ends[:1], tracker.ends[1:], self.spec))

@@ -14,11 +14,9 @@ from bitwright.errors import ModelError, NumericsError, PlanError, SpecError
 from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.fit import WEIGHT_OBSERVERS
 from bitwright.observe.observer import make_observer
-from bitwright.plan.site import PRODUCTS, Product, Site, matching, operator_of, products_of, slots_of, unknown_subclass
+from bitwright.plan.rules import parse_rule
+from bitwright.plan.site import PRODUCTS, Product, Site, call_of, matching, operator_of, products_of, slots_of, unknown_subclass
 from bitwright.plan.target import get_target, spelled
-
-RANGE_RULES = ("fixed", "lsq", "lsq+", "pact", "ema", "adarange")
-"""How a range may move in training; `nn.ranges` implements them."""
 
 
 class Decisions(Protocol):
@@ -31,14 +29,18 @@ class Decisions(Protocol):
     folds: dict[str, str]
     why: dict[Site, str]
 
+    def range_rule(self, site: Site) -> str:
+        """How the range of a site moves in training."""
+        ...
+
 
 def validate(plan: Decisions, model: nn.Module) -> None:
     """Raise `PlanError` or `ModelError` unless every decision of ``plan`` can run on ``model`` and its target."""
     if not any(operator_of(module) for module in model.modules()) and not plan.sites:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise ModelError(
-            f"nothing to quantize: {type(model).__name__} has no Linear, Conv1d, Conv2d, Embedding or "
-            f"bitwright.Add module; it is made of {', '.join(kinds)}"
+            f"nothing to quantize: {type(model).__name__} has no Linear, Conv1d, Conv2d, Embedding, LSTM, GRU "
+            f"or bitwright.Add module; it is made of {', '.join(kinds)}"
         )
     _check_observers(plan)
     _check_ranges(plan)
@@ -70,27 +72,39 @@ def _check_observers(plan: Decisions) -> None:
 
 def _check_ranges(plan: Decisions) -> None:
     for pattern, rule in plan.ranges.items():
-        if rule not in RANGE_RULES:
-            raise PlanError(f"[ranges] {pattern} = {rule!r}: unknown rule; known rules: {', '.join(RANGE_RULES)}")
+        try:
+            parse_rule(rule)
+        except SpecError as cause:
+            raise PlanError(f"[ranges] {pattern} = {rule!r}: {cause}") from cause
         if pattern not in ("weight", "input"):
-            for site in matching(pattern, plan.sites):
-                spec = plan.sites[site]
-                if site.is_weight and rule not in ("fixed", "lsq"):
-                    raise PlanError(f"[ranges] {pattern} = {rule!r}: {site} is a weight; weights know fixed and lsq")
-                if rule == "pact" and spec is not None and (spec.format.qmin < 0 or not spec.symmetric):
-                    raise PlanError(
-                        f"[ranges] {pattern} = {rule!r}: PACT clips at 0, {site} is {spec}; use uint formats"
-                    )
+            matching(pattern, plan.sites)
     if plan.ranges.get("weight") not in ("fixed", "lsq"):
         raise PlanError(f"[ranges] weight = {plan.ranges.get('weight')!r}: weights know fixed and lsq")
+    for site, spec in plan.sites.items():
+        if spec is not None and not spec.dynamic:
+            _check_rule(site, spec, plan.range_rule(site))
+
+
+def _check_rule(site: Site, spec: QuantSpec, rule: str) -> None:
+    if site.is_weight and rule not in ("fixed", "lsq"):
+        raise PlanError(f"[ranges] {rule!r} for {site}: it is a weight; weights know fixed and lsq")
+    if rule == "pact" and (spec.format.qmin < 0 or not spec.symmetric or not spec.format.is_integer):
+        raise PlanError(
+            f"[ranges] 'pact' for {site}: PACT clips at 0, the site is {spec}; use uint formats without asym"
+        )
+    if rule == "adarange" and not spec.format.is_integer:
+        raise PlanError(
+            f"[ranges] 'adarange' for {site}: the site is {spec}; only ranges of integer formats are learned"
+        )
 
 
 def _check_layer(plan: Decisions, model: nn.Module, path: str) -> None:
     slots = [site.slot for site in plan.sites if site.path == path]
     quantized = [slot for slot in slots if plan.sites[Site(path, slot)] is not None]
-    if re.fullmatch(r"add_\d+", path.rpartition(".")[2]) and "input.0" in slots:
-        _submodule(model, path.rpartition(".")[0], f"{path}.input.0")
-        module, products = None, PRODUCTS["add"](None)
+    call = call_of(path)
+    if call and path not in dict(model.named_modules()):
+        _submodule(model, call[0], f"{path}.{slots[0]}")
+        module, products = None, PRODUCTS[call[1]](None)
     else:
         module = _submodule(model, path, f"{path}.{slots[0]}")
         products = products_of(module)
@@ -101,7 +115,7 @@ def _check_layer(plan: Decisions, model: nn.Module, path: str) -> None:
     known = [slot for product in products for slot in (product.weight, *product.inputs) if slot]
     for slot in slots:
         if slot not in known:
-            what = operator_of(module) if module else "add"
+            what = operator_of(module) if module else call[1] if call else ""
             raise PlanError(f"{path}.{slot}: {what} layers have the sites {', '.join(known)}; remove this line")
     for product in products:
         _check_product(plan, path, product, module)
@@ -112,7 +126,7 @@ def _check_product(plan: Decisions, path: str, product: Product, module: nn.Modu
     inputs = [plan.sites.get(Site(path, slot)) for slot in product.inputs]
     if product.weight is None and len({spec is None for spec in inputs}) > 1:
         raise PlanError(
-            f"{path}: a residual {product.op} is quantized on both inputs or on none; set {path}.* to one of them"
+            f"{path}: {product.op} is quantized on {' and '.join(product.inputs)} or on neither; set them to one of both"
         )
     if weight is not None and product.weight is not None and module is not None:
         _check_weight(Site(path, product.weight), weight, module)
