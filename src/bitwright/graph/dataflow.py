@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -117,7 +118,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on one batch of inputs: a tensor, a tuple or list of positional, or a dict of keyword arguments."""
     if isinstance(batch, dict):
         return model(**batch)
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         return model(*batch)
     return model(batch)
 
