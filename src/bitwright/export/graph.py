@@ -28,6 +28,7 @@ from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
+from bitwright.lowbit.recurrent import LowbitRecurrent
 from bitwright.nn.layer import Simulated
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def lowbit_layers(model: nn.Module) -> dict[str, Lowbit]:
     for path, module in model.named_modules():
         if isinstance(module, (LowbitLinear, LowbitConv, LowbitEmbedding, LowbitAdd)):
             found[path] = module
-        elif isinstance(module, LowbitLayer):
+        elif isinstance(module, (LowbitLayer, LowbitRecurrent)):
             raise ExportError(f"{path}: {type(module).__name__} has no ONNX form; set its sites to 'float'")
     if not found:
         raise ExportError(
