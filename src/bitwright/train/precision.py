@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -103,6 +103,17 @@ def set_own_bits(model: nn.Module) -> None:
 def own_bits(model: nn.Module) -> bool:
     """Whether every quantizer has the format of the plan."""
     return all(quantizer.spec.format == own for quantizer, own in _changing(model))
+
+
+def formats_of(model: nn.Module) -> dict[str, str]:
+    """The present formats of quantizers whose bits can change, by site."""
+    return {quantizer.site: quantizer.spec.format.name for quantizer, _ in _changing(model)}
+
+
+def restore_formats(model: nn.Module, formats: dict[str, str]) -> None:
+    """Take formats as they are, for scales that were stored with them."""
+    for quantizer, _ in _changing(model):
+        quantizer.spec = replace(quantizer.spec, format=FORMATS[formats[quantizer.site]])
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[Quantizer, Format]]:

@@ -13,7 +13,7 @@ from bitwright.train.amp import LossScale, finite_gradients
 from bitwright.train.groups import ranges_of
 from bitwright.train.history import Best, History
 from bitwright.train.parallel import any_rank
-from bitwright.train.precision import own_bits, set_bits, set_own_bits
+from bitwright.train.precision import own_bits, set_own_bits
 from bitwright.train.schedule import Schedule
 from bitwright.train.step import StepRules
 from bitwright.train.stream import Stream
@@ -135,8 +135,6 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.done = state["done"]
-        if self.schedule.precision is not None and 0 < self.done < self.schedule.steps:
-            set_bits(self.prepared, self.schedule.precision, self.done - 1, self.schedule.steps)
         self.prepared.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history.load_state_dict(state["history"])

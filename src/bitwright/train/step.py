@@ -17,6 +17,7 @@ from bitwright.numerics.affine import EPS
 from bitwright.train.groups import prepared_part, ranges_of, scales_of
 from bitwright.train.oscillation import OscillationTracker
 from bitwright.train.parallel import average_gradients, average_statistics, is_sharded
+from bitwright.train.precision import formats_of, restore_formats
 from bitwright.train.schedule import Phase, Schedule
 
 
@@ -77,6 +78,7 @@ class StepRules:
             "sensitive": list(getattr(self.model, "bitwright_sensitive", [])),
             "trainable": sorted(getattr(self.model, "bitwright_trainable", ())),
             "clamped": self.clamped,
+            "formats": formats_of(self.model),
             "weights": {} if self.tracker is None else self.tracker.weights,
         }
 
@@ -87,6 +89,7 @@ class StepRules:
         model.bitwright_sensitive = list(state["sensitive"])
         model.bitwright_trainable = frozenset(state["trainable"])
         self.clamped = state["clamped"]
+        restore_formats(self.model, state["formats"])
         if self.tracker is not None:
             device = next(self.model.parameters()).device
             self.tracker.weights = {
