@@ -37,7 +37,7 @@ from bitwright.kernels.cpu import cpu_features
 from bitwright.kernels.table import KERNELS
 from bitwright.kernels.table import explain as explain_kernels
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import Site, matching, operator_of
+from bitwright.plan.site import Site, matching, operator_of, rows_shape
 from bitwright.train.loop import train as train_model
 from bitwright.train.schedule import Schedule
 from bitwright.userspec import load_object
@@ -208,7 +208,7 @@ def explain(
     weight, input = (loaded.sites.get(Site(found.path, slot)) for slot in ("weight", "input"))
     if model is not None and weight is not None:
         layer = _model(model, None).get_submodule(found.path)
-        shape = tuple(layer.get_parameter("weight").shape)
+        shape = rows_shape(layer, "weight")
         for name, reason in explain_kernels(operator_of(layer) or "", weight, input, shape, cpu_features()):
             console.print(f"  kernel {name}: {reason}", highlight=False)
 

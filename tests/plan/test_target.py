@@ -20,7 +20,7 @@ def test_the_shipped_targets_carry_the_name_of_their_file():
         target = get_target(name)
         assert target.name == name
         assert target.description
-        assert {row.op for row in target.supports} == {"linear", "conv", "embedding", "add"}
+        assert {"linear", "conv", "embedding", "add"} <= {row.op for row in target.supports}
 
 
 def test_an_unknown_target_is_named_with_the_known_ones():

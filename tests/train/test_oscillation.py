@@ -146,3 +146,22 @@ def test_training_with_it_ships_what_it_trained() -> None:
 def test_rates_out_of_range_are_refused(values: tuple[float, float]) -> None:
     with pytest.raises(TrainingError, match="expected 0 < threshold < 1 and 0 < momentum <= 1"):
         Oscillation(*values)
+
+
+def test_a_frozen_transposed_convolution_keeps_its_codes() -> None:
+    x, net = torch.randn(3, 4, 5, 5), nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.ReLU())
+    model = ready(net, x)
+    tracker = OscillationTracker(Oscillation(threshold=0.15, momentum=0.1))
+    before = model[0].weight.detach().clone()
+    for step in range(12):
+        with torch.no_grad():
+            model[0].weight.copy_(before * (-1) ** step)
+        tracker.step(model, freeze=step == 11)
+    frozen = tracker.weights["0.weight"]["frozen"].clone()
+    assert int(frozen.sum()) > 20
+    kept = codes(model)["0.weight"][frozen]
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn_like(model[0].weight))
+    assert not torch.equal(codes(model)["0.weight"][frozen], kept)
+    tracker.step(model, freeze=True)
+    assert torch.equal(codes(model)["0.weight"][frozen], kept)

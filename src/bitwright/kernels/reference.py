@@ -31,13 +31,22 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shape of a 2-d convolution: everything but the weights. Padding is with zeros, the same on both sides."""
+    """Shape of a convolution: everything but the weights. Padding is with zeros, the same on both sides."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bags:
+    """How an embedding bag reduces its rows: ``sum``, ``mean`` or ``max``; see `nn.EmbeddingBag`."""
+
+    mode: str
+    include_last_offset: bool
+    padding_idx: int | None
 
 
 def largest_code(spec: QuantSpec) -> int:
@@ -85,20 +94,108 @@ def conv2d(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> 
     return out if bias is None else out + bias.view(1, -1, 1, 1)
 
 
+def conv3d(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Integer 3-d convolution ``[n, c, d, h, w] -> [n, o, d', h', w']`` in float32; padding is the code of 0.0."""
+    g = geometry
+
+    def product(values: Tensor, filters: Tensor) -> Tensor:
+        return F.conv3d(values, filters, None, g.stride, g.padding, g.dilation, g.groups)
+
+    limit = x.limit * weight.limit * weight.values[0].numel()
+    acc = _exact(product, x.values, weight.values, limit, axis=1 if g.groups == 1 else None)
+    return _scaled(acc, x, weight, bias)
+
+
+def conv_transpose(
+    x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry, output_padding: tuple[int, ...]
+) -> Tensor:
+    """Integer transposed convolution ``[n, c, ...] -> [n, o, ...]`` in float32; the weight as `output_major` rows."""
+
+    def product(values: Tensor, filters: Tensor) -> Tensor:
+        return _transposed(values, filters, None, geometry, output_padding)
+
+    limit = x.limit * weight.limit * weight.values[0].numel()
+    filters = input_major(weight.values, geometry.groups)
+    axis = 1 if geometry.groups == 1 and x.values.dim() > filters.dim() - 1 else None
+    acc = _exact(product, x.values, filters, limit, axis, other=0)
+    return _scaled(acc, x, weight, bias)
+
+
+def float_conv_transpose(
+    x: Tensor, rows: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: tuple[int, ...]
+) -> Tensor:
+    """Transposed convolution of float operands, the weight as rows (`output_major`)."""
+    return _transposed(x, input_major(rows, geometry.groups), bias, geometry, output_padding)
+
+
+def _transposed(
+    x: Tensor, filters: Tensor, bias: Tensor | None, g: Geometry, output_padding: tuple[int, ...]
+) -> Tensor:
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[filters.dim() - 3]
+    return function(x, filters, bias, g.stride, g.padding, output_padding, g.groups, g.dilation)
+
+
+def output_major(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight as rows: ``[in, out / groups, *kernel] -> [out, in / groups, *kernel]``.
+
+    >>> output_major(torch.zeros(6, 4, 3, 3), 2).shape
+    torch.Size([8, 3, 3, 3])
+    """
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def input_major(rows: Tensor, groups: int) -> Tensor:
+    """The inverse of `output_major`; the same exchange of axes within each group."""
+    return output_major(rows, groups)
+
+
+def _scaled(acc: Tensor, x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
+    """``acc * (s_x * s_w) + bias`` for sums whose channels are axis 1, or axis 0 without a batch."""
+    shape = (-1, *[1] * (weight.values.dim() - 2))
+    out = acc * (x.scale * weight.scale.view(-1)).view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def bag(rows: Tensor, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, bags: Bags) -> Tensor:
+    """Reduce ``rows [n, features]``, looked up by the n ``ids``, to ``[bags, features]``; `nn.EmbeddingBag`.
+
+    ``ids`` are ``[bags, n / bags]``, or ``[n]`` with the ``offsets`` of the bags; ``weights`` have the shape of ids.
+    """
+    places = torch.arange(len(rows), device=rows.device)
+    if bags.padding_idx is not None:  # rows that take no part stand behind the last
+        places = torch.where(ids.flatten() == bags.padding_idx, len(rows), places)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return F.embedding_bag(
+        places.view(ids.shape), rows, offsets, mode=bags.mode, per_sample_weights=weights,
+        include_last_offset=bags.include_last_offset, padding_idx=None if bags.padding_idx is None else len(rows) - 1,
+    )  # fmt: skip
+
+
 def add(a: Codes, b: Codes) -> Tensor:
     """Sum of two quantized tensors in float32: ``a * s_a + b * s_b``."""
     return a.values * a.scale + b.values * b.scale
 
 
-def _exact(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, limit: int, axis: int | None) -> Tensor:
-    """The integer product rounded once to float32: by blocks along the input ``axis``, in float64 without one."""
+def matmul(a: Codes, b: Codes) -> Tensor:
+    """Integer product of two activations ``[..., m, k] x [..., k, n] -> [..., m, n]`` in float32; one scale each."""
+    limit = a.limit * b.limit * a.values.shape[-1]
+    return _exact(torch.matmul, a.values, b.values, limit, axis=-1, other=-2) * (a.scale * b.scale)
+
+
+def _exact(
+    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, limit: int, axis: int | None, other: int = 1
+) -> Tensor:
+    """The integer product rounded once to float32: by blocks along the input ``axis``, in float64 without one.
+
+    ``other`` is the axis of ``w`` that meets ``axis``.
+    """
     with torch.autocast(x.device.type, enabled=False):  # it would round the sums
         if limit <= EXACT:
             return product(x, w)
         size = 0 if axis is None else x.shape[axis] * EXACT // limit  # so many inputs cannot exceed EXACT
         if axis is None or not size:
             return product(x.double(), w.double()).float()
-        parts = [product(a, b) for a, b in zip(x.split(size, axis), w.split(size, 1), strict=True)]
+        parts = [product(a, b) for a, b in zip(x.split(size, axis), w.split(size, other), strict=True)]
         if len(parts) == 2:
             return parts[0] + parts[1]
         return torch.stack([part.double() for part in parts]).sum(0).float()

@@ -1,10 +1,11 @@
-"""`QEmbedding`: an embedding table of low-bit rows."""
+"""`QEmbedding` and `QEmbeddingBag`: embedding tables of low-bit rows."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitwright.kernels.reference import Bags, bag
 from bitwright.nn.layer import QLayer
 from bitwright.numerics.spec import QParams
 from bitwright.numerics.ste import simulated
@@ -18,16 +19,40 @@ class QEmbedding(QLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Indices ``[...] -> [..., embedding_dim]``; indices themselves are never quantized."""
         rows = F.embedding(input, self.weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        quantizer = self.weight_quantizer
-        if quantizer is None or not self.simulating:
-            return rows
-        qparams, scale, offset = quantizer.qparams, quantizer.scale, quantizer.offset
-        assert qparams is not None
-        assert scale is not None
-        learning = quantizer.learning(self.weight)
-        if quantizer.spec.granularity.kind != "tensor":
-            scale = F.embedding(input, scale)
-            offset = None if offset is None else F.embedding(input, offset)
-            zero_point = None if qparams.zero_point is None else F.embedding(input, qparams.zero_point)
-            qparams = QParams(F.embedding(input, qparams.scale), zero_point)
-        return simulated(rows, quantizer.spec, qparams, learning, scale, offset)
+        return _encoded(self, rows, input)
+
+
+class QEmbeddingBag(QLayer, nn.EmbeddingBag):
+    """`nn.EmbeddingBag` that reduces encoded rows."""
+
+    bias = None
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Indices ``[bags, n]``, or ``[n]`` with the start of each bag, ``-> [bags, embedding_dim]``."""
+        if self.weight_quantizer is None or not self.simulating:
+            return nn.EmbeddingBag.forward(self, input, offsets, per_sample_weights)
+        ids = input.flatten()
+        rows = F.embedding(ids, self.weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        return bag(_encoded(self, rows, ids), input, offsets, per_sample_weights, bags_of(self))
+
+
+def bags_of(layer: nn.EmbeddingBag) -> Bags:
+    """How an embedding bag reduces the rows of a bag."""
+    return Bags(layer.mode, layer.include_last_offset, layer.padding_idx)
+
+
+def _encoded(layer: QLayer, rows: Tensor, ids: Tensor) -> Tensor:
+    """The values of the codes of rows that were looked up by ``ids``."""
+    quantizer = layer.weight_quantizer
+    if quantizer is None or not layer.simulating:
+        return rows
+    qparams, scale, offset = quantizer.qparams, quantizer.scale, quantizer.offset
+    assert qparams is not None
+    assert scale is not None
+    learning = quantizer.learning(layer.weight)
+    if quantizer.spec.granularity.kind != "tensor":
+        scale = F.embedding(ids, scale)
+        offset = None if offset is None else F.embedding(ids, offset)
+        zero_point = None if qparams.zero_point is None else F.embedding(ids, qparams.zero_point)
+        qparams = QParams(F.embedding(ids, qparams.scale), zero_point)
+    return simulated(rows, quantizer.spec, qparams, learning, scale, offset)

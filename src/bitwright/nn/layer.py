@@ -44,6 +44,14 @@ class Simulated(nn.Module):
         """The float weights that are quantized, by slot, as they are encoded (batch norm folded in)."""
         return {}
 
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A stored weight as it is encoded: its output channel is axis 0."""
+        return weight
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `as_rows`."""
+        return rows
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """The float parameters that this module trains."""
         return self.parameters(recurse=False)
@@ -111,19 +119,20 @@ class QLayer(Simulated):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Float weight and bias with the batch norm folded in, as they are quantized, trained and shipped."""
+        weight = self.as_rows(self.weight)
         if not self.norm:
-            return self.weight, self.bias
+            return weight, self.bias
         norm = self.norm[0]
         factor = _factor(norm)
         assert norm.running_mean is not None
         mean = norm.running_mean.double()
         start = -mean if self.bias is None else self.bias.double() - mean
         bias = start * factor + (0.0 if norm.bias is None else norm.bias.double())
-        shape = (-1, *[1] * (self.weight.dim() - 1))
-        return self.weight * factor.float().view(shape), bias.float()
+        shape = (-1, *[1] * (weight.dim() - 1))
+        return weight * factor.float().view(shape), bias.float()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-        """The product of the codes of input and weight: by the shipped kernel where it can, else in torch; equal bits."""
+        """The product of the codes of input and weight: by the shipped kernel or, with the same bits, in torch."""
         quantize_input, quantize_weight = self.input_quantizer, self.weight_quantizer
         assert quantize_input is not None
         assert quantize_weight is not None
@@ -197,5 +206,17 @@ class FoldedBatchNorm2d(_IdentityNorm, nn.BatchNorm2d):
     """An `nn.BatchNorm2d` folded into the layer before it."""
 
 
+class FoldedBatchNorm3d(_IdentityNorm, nn.BatchNorm3d):
+    """An `nn.BatchNorm3d` folded into the layer before it."""
+
+
+FOLDED = {
+    nn.BatchNorm1d: FoldedBatchNorm1d,
+    nn.BatchNorm2d: FoldedBatchNorm2d,
+    nn.BatchNorm3d: FoldedBatchNorm3d,
+}
+"""What a batch norm becomes when it is folded."""
+
+
 def _identity_norm(cls: type[_BatchNorm]) -> type[_BatchNorm]:
-    return FoldedBatchNorm2d if issubclass(cls, nn.BatchNorm2d) else FoldedBatchNorm1d
+    return next(folded for norm, folded in FOLDED.items() if issubclass(cls, norm))

@@ -52,6 +52,10 @@ class Target:
         """
         return any(row.covers(op, weight, input) for row in self.supports)
 
+    def has(self, op: str) -> bool:
+        """Whether some row runs this operator at all."""
+        return any(row.op == op for row in self.supports)
+
     def choices(self, op: str) -> str:
         """The supported pairs of one operator, for messages."""
         return "; ".join(

@@ -113,11 +113,11 @@ def _count(seen: dict[str, Tensor], codes: Tensor, momentum: float) -> None:
 def _hold(layer: Simulated, slot: str, seen: dict[str, Tensor], quantizer: Quantizer, qparams: QParams) -> None:
     """Put frozen weights in the middle of their codes, whatever the optimizer, or a folded batch norm, did to them."""
     parameter, middle = layer.get_parameter(slot), decode(seen["average"], quantizer.spec, qparams)
-    frozen = seen["frozen"]
+    frozen, rows = seen["frozen"], layer.as_rows(parameter)
     if isinstance(layer, QLayer) and layer.norm:
         factor = _norm_factor(layer.norm[0]).float().view(-1, *[1] * (parameter.dim() - 1))
         frozen, middle = frozen & (factor.abs() > 1e-12), middle / factor
-    parameter.copy_(torch.where(frozen, middle, parameter))
+    parameter.copy_(layer.from_rows(torch.where(frozen, middle, rows)))
 
 
 def _norm_factor(norm: _BatchNorm) -> Tensor:
