@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from nets import calibrated, layer_plan
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
@@ -16,6 +15,7 @@ from bitwright.kernels import table
 from bitwright.lowbit import recurrent
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.lowbit.recurrent import LowbitGRU, LowbitLSTM
+from nets import calibrated, layer_plan
 
 
 def shipped(layer: nn.Module, x: Any, weight: str = "int8/channel", input: str | None = "uint8/asym") -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from nets import calibrated, layer_plan
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from bitwright.flow.prepare import prepare
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.nn.recurrent import QGRU, QLSTM
 from bitwright.plan.plan import Plan
+from nets import calibrated, layer_plan
 
 CLASSES = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -170,7 +170,7 @@ class Unrolled:
         fmt, scale = quantizer.spec.format, self.leaves[f"{slot}_quantizer.scale"]
         gain = (count * fmt.qmax) ** -0.5
         scale = scale * gain + (scale - scale * gain).detach()
-        shift = 0.0 if quantizer.zero_point is None else quantizer.zero_point.double()
+        shift = torch.zeros(1).double() if quantizer.zero_point is None else quantizer.zero_point.double()
         clipped = torch.clamp(x / scale, fmt.qmin - shift, fmt.qmax - shift)
         return (clipped + (clipped.round() - clipped).detach()) * scale
 

@@ -31,9 +31,7 @@ class LowbitRecurrent(nn.Module):
         for slot, part in parts.items():
             self.add_module(slot, part)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Any = None
-    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Tensor | PackedSequence, Tensor | State]:
         """Inputs, states and results of `nn.LSTM` and `nn.GRU`; raises `KernelError` for other shapes."""
         return recurrent.run(self.shape, self._products, input, hx, training=self.training)
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
 
 from bitwright.kernels import recurrent, reference
-from bitwright.kernels.recurrent import Product, Products, State
+from bitwright.kernels.recurrent import Product, Products
 from bitwright.kernels.reference import Codes, codes_of, largest_code
 from bitwright.nn.layer import Simulated, integer_product
 from bitwright.nn.quantizer import Quantizer, Stage
@@ -32,12 +31,10 @@ from bitwright.numerics.ste import Learning, codes_with_gradient, simulated
 class QRecurrent(Simulated, nn.RNNBase):
     """What `QLSTM` and `QGRU` share: products on codes for `kernels.recurrent`."""
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: Any = None
-    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """Inputs, states and results of `nn.LSTM` and `nn.GRU`; raises `KernelError` for other shapes."""
         if all(q.stage is Stage.FLOAT for q in self.children() if isinstance(q, Quantizer)):
-            return super().forward(input, hx)  # type: ignore[misc]
+            return super().forward(input, hx)
         shape = recurrent.recurrence_of(self)
         seen: list[tuple[Quantizer, list[Tensor]]] = []
         out = recurrent.run(shape, partial(self._products, seen), input, hx, training=self.training)
