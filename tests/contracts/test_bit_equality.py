@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.flow.convert import convert
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.plan.plan import Plan
 from models import Conv1dNet, Mlp, ResidualCnn, image, with_statistics

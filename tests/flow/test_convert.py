@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.flow.convert import convert, is_converted
 from bitwright.flow.prepare import prepare
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer

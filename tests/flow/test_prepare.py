@@ -262,13 +262,13 @@ def encoder() -> nn.Module:
     return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2)).eval()
 
 
-def test_what_an_encoder_layer_reads_behind_a_modules_back_is_reported_and_stays_float() -> None:
-    x = torch.randn(2, 5, 8)
-    plan = Plan.preset("w8a8", encoder(), x)
-    why = plan.why[Site("0.self_attn.out_proj", "weight")]
-    assert why == "its weight is read by multi_head_attention_forward behind the module's back"
-    assert plan.sites[Site("0.self_attn.out_proj", "weight")] is None
-    assert str(plan.sites[Site("0.linear1", "weight")]) == "int8/channel"
+def test_attention_is_opened_where_only_its_output_projection_is_quantized() -> None:
+    net, x = encoder(), torch.randn(2, 5, 8)
+    plan = Plan.preset("w8a8", net, x, sites={"*": "float", "*out_proj.weight": "int4/channel"})
+    simulated = calibrated(net, plan, [x])
+    with torch.no_grad():
+        assert not torch.allclose(simulated(x), net(x))
+        assert torch.equal(convert(simulated)(x), simulated(x))
 
 
 def test_the_fused_path_of_an_encoder_layer_cannot_pass_its_quantized_layers() -> None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from bitwright.errors import ModelError
 from bitwright.graph.dataflow import record
 from bitwright.graph.patterns import residual_adds
-from bitwright.graph.rewrite import Add, name_adds, why_not_nameable
+from bitwright.graph.calls import Add
+from bitwright.graph.rewrite import name_calls, why_not_nameable
 from models import Block, Encoder, ResidualCnn, SharedReluBlock, image, with_statistics
 
 
@@ -100,9 +101,9 @@ NAMEABLE = {
 def test_named_adds_compute_the_same_bits(name, training):
     body, count = NAMEABLE[name]
     model = net(body).train(training)
-    assert why_not_nameable(model, count) == ""
+    assert why_not_nameable(model, "add", count) == ""
     named = copy.deepcopy(model)
-    name_adds(named, range(count))
+    name_calls(named, "add", range(count))
     x = image()
     wanted, found = model(x.clone()), named(x.clone())
     assert torch.equal(found, wanted)
@@ -116,7 +117,7 @@ def test_gradients_are_the_same_bits_too(name):
     body, count = NAMEABLE[name]
     model = net(body)
     named = copy.deepcopy(model)
-    name_adds(named, range(count))
+    name_calls(named, "add", range(count))
     x = image()
     for m in (model, named):
         m(x.clone()).square().sum().backward()
@@ -127,7 +128,7 @@ def test_gradients_are_the_same_bits_too(name):
 
 def test_the_named_module_is_called_once_per_add():
     model = net(two_adds).eval()
-    name_adds(model, [0, 1])
+    name_calls(model, "add", [0, 1])
     flow = record(model, image())
     assert [node.name for node in flow.nodes if "add" in node.name] == ["add_0", "add_1"]
 
@@ -142,7 +143,7 @@ def test_only_the_chosen_adds_are_named_and_the_others_stay_in_place():
 
     model = net(body).eval()
     named = copy.deepcopy(model)
-    name_adds(named, [1])
+    name_calls(named, "add", [1])
     assert not hasattr(named, "add_0")
     x = image()
     assert torch.equal(named(x), model(x))
@@ -154,7 +155,7 @@ def test_naming_keeps_keys_class_hooks_modes_and_copies(make):
     cls, keys, code = type(model), list(model.state_dict()), model.forward.__func__
     calls: list[str] = []
     model.register_forward_hook(lambda *_: calls.append("hook"))
-    name_adds(model, [0])
+    name_calls(model, "add", [0])
     assert isinstance(model, cls)
     assert (type(model).__name__, type(model).__module__) == (cls.__name__, cls.__module__)
     assert cls.forward is code, "the class of the user is untouched"
@@ -178,8 +179,8 @@ def test_all_residual_adds_of_the_residual_net_can_be_named():
     owners = [node.owner for node in residual_adds(record(model, x), model)]
     assert len(owners) == 3
     for owner in owners:
-        assert why_not_nameable(model.get_submodule(owner), 1) == ""
-        name_adds(model.get_submodule(owner), [0])
+        assert why_not_nameable(model.get_submodule(owner), "add", 1) == ""
+        name_calls(model.get_submodule(owner), "add", [0])
     assert torch.equal(model(x), wanted)
     assert residual_adds(record(model, x), model) == []
 
@@ -190,8 +191,8 @@ def test_adds_of_the_encoder_are_numbered_in_the_order_of_the_record():
     flow, wanted = record(model, x), model(x)
     ordinals = [node.ordinal for node in residual_adds(flow, model)]
     assert ordinals == [2, 3]  # two rotary adds come first
-    assert why_not_nameable(model, 4) == ""
-    name_adds(model, ordinals)
+    assert why_not_nameable(model, "add", 4) == ""
+    name_calls(model, "add", ordinals)
     assert torch.equal(model(x), wanted)
     assert residual_adds(record(model, x), model) == []
 
@@ -265,12 +266,12 @@ def test_an_add_that_cannot_be_named_is_refused_with_the_reason_and_the_model_le
     body, reason = REFUSED[name]
     model = net(body).train()
     before = (type(model), list(model.state_dict()), set(dict(model.named_modules())))
-    assert re.search(reason, why_not_nameable(model, 1))
+    assert re.search(reason, why_not_nameable(model, "add", 1))
     if (
         name != "two adds when traced"
     ):  # the first add of that trace could be named, it is only not the one of the record
         with pytest.raises((ModelError, torch.fx.proxy.TraceError)):
-            name_adds(model, [0])
+            name_calls(model, "add", [0])
     assert (type(model), list(model.state_dict()), set(dict(model.named_modules()))) == before
     assert all(module.training for module in model.modules())
 
@@ -284,23 +285,23 @@ def test_optional_arguments_are_refused_because_a_trace_cannot_see_whether_they_
         def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
             return self.conv(x) + (x if skip is None else skip)
 
-    assert "its forward has optional arguments (skip)" in why_not_nameable(Optional(), 1)
+    assert "its forward has optional arguments (skip)" in why_not_nameable(Optional(), "add", 1)
 
 
 def test_a_child_that_has_the_name_already_is_not_replaced():
     model = net(NAMEABLE["functional"][0])
     model.add_0 = Add()
     mine = model.add_0
-    assert why_not_nameable(model, 1) == "Net has an attribute add_0 already"
+    assert why_not_nameable(model, "add", 1) == "Net has an attribute add_0 already"
     with pytest.raises(ModelError, match="Net has an attribute add_0 already"):
-        name_adds(model, [0])
+        name_calls(model, "add", [0])
     assert model.add_0 is mine
 
 
 def test_an_add_that_does_not_exist_is_refused_with_the_number_that_does():
     with pytest.raises(ModelError, match=r"Block\.forward has 1 adds, the plan names add_3; make a new plan"):
-        name_adds(Block(3, 3), [3])
+        name_calls(Block(3, 3), "add", [3])
 
 
 def test_the_count_of_the_record_must_be_the_count_of_the_trace():
-    assert why_not_nameable(Block(3, 3), 2) == "Block.forward shows 1 adds when traced and 2 when run"
+    assert why_not_nameable(Block(3, 3), "add", 2) == "Block.forward shows 1 adds when traced and 2 when run"

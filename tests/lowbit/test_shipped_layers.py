@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitwright.errors import KernelError
 from bitwright.flow.convert import convert
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.errors import ModelError, PlanError
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add
 from bitwright.plan.plan import Plan
 from bitwright.plan.presets import PRESETS
 from bitwright.plan.site import OPERATORS, Site
@@ -191,7 +191,7 @@ def test_an_operand_that_no_call_produced_shifts_nobodys_quantizer():
             h = F.relu(self.a(x))
             return self.fc(F.relu(self.join(self.offset, h) * self.b(h)))
 
-    assert Plan.preset("w8a8", Net(), torch.randn(1, 8)).shared == {}
+    assert Plan.preset("w8a8", Net(), torch.randn(1, 8)).shared == {Site("b", "input"): Site("join", "input.1")}
 
 
 def test_inputs_of_layers_that_run_twice_are_not_shared():
@@ -244,12 +244,14 @@ def test_a_weight_that_a_function_reads_stays_in_float():
     assert why(plan, "embedding.weight") == "its weight is read by linear behind the module's back"
 
 
-def test_attention_that_reads_its_projection_keeps_it_in_float():
+def test_attention_has_its_projections_and_its_products_stay_in_float():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     plan = Plan.preset("w8a8", layer, torch.randn(1, 4, 16))
-    assert table(plan)["self_attn.out_proj.weight"] == "float"
-    assert "multi_head_attention_forward" in why(plan, "self_attn.out_proj.weight")
-    assert table(plan)["linear1.weight"] == table(plan)["linear2.weight"] == "int8/channel"
+    weights = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert {table(plan)[site] for site in weights} == {"int8/channel"}
+    assert {table(plan)[f"self_attn.attention_0.{slot}"] for slot in ("query", "key", "value", "probs")} == {"float"}
+    assert why(plan, "add_0.input.0") == "residual add into a layer norm, which stays in float"
+    assert [str(site) for site in plan.shared] == ["self_attn.key", "self_attn.value"]
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from bitwright.errors import ModelError, PlanError
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add
 from bitwright.plan.site import ADD_SLOTS, Site, check_preparable, matching, operator_of, unknown_subclass
 from models import ActivatedNorm, Mlp
 
@@ -112,9 +112,10 @@ def test_an_exact_name_is_found_even_if_it_looks_like_a_pattern():
         (nn.Conv2d(2, 2, 1), "conv"),
         (nn.Embedding(2, 2), "embedding"),
         (Add(), "add"),
-        (nn.Conv3d(2, 2, 1), None),
-        (nn.ConvTranspose2d(2, 2, 1), None),
-        (nn.LSTM(2, 2), None),
+        (nn.Conv3d(2, 2, 1), "conv3d"),
+        (nn.ConvTranspose2d(2, 2, 1), "conv_transpose"),
+        (nn.LSTM(2, 2), "recurrent"),
+        (nn.MultiheadAttention(2, 1), "multihead"),
         (nn.LayerNorm(2), None),
     ],
 )
@@ -129,7 +130,8 @@ def test_a_subclass_is_never_taken_for_its_base():
 
     assert operator_of(Scaled(2, 2)) is None
     assert unknown_subclass(Scaled(2, 2)) is nn.Linear
-    assert unknown_subclass(nn.MultiheadAttention(4, 1).out_proj) is nn.Linear
+    assert unknown_subclass(type("Mine", (nn.MultiheadAttention,), {})(4, 1)) is nn.MultiheadAttention
+    assert operator_of(nn.MultiheadAttention(4, 1).out_proj) == "linear"
     assert unknown_subclass(ActivatedNorm(4)) is None
 
 

@@ -86,7 +86,7 @@ REFUSED = {
     ),
     "half an add": (
         {**GOOD, "add_0.input.0": "uint8/asym"},
-        r"add_0: a residual add is quantized on both inputs or on none; set add_0\.\* to one of them",
+        r"add_0: add is quantized on input\.0 and input\.1 or on neither; set them to one of both",
     ),
     "unknown subclass": (
         {"scaled.weight": "int8/channel"},
@@ -192,10 +192,10 @@ def test_a_plan_that_quantizes_nothing_is_refused_with_its_reasons():
 
 
 def test_a_model_without_supported_layers_is_refused_with_what_it_is_made_of():
-    model = nn.Sequential(nn.LayerNorm(4), nn.Tanh(), nn.LSTM(4, 4))
+    model = nn.Sequential(nn.LayerNorm(4), nn.Tanh(), nn.RNN(4, 4))
     with pytest.raises(ModelError, match="nothing to quantize: Sequential has no Linear, Conv1d, Conv2d") as error:
         Plan.preset("w8a8", model, torch.randn(1, 4))
-    assert "it is made of LSTM, LayerNorm, Tanh" in str(error.value)
+    assert "it is made of LayerNorm, RNN, Tanh" in str(error.value)
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -10,9 +10,10 @@ from bitwright.errors import ModelError
 from bitwright.flow.prepare import plan_of
 from bitwright.flow.ship import SHIPPED
 from bitwright.kernels.cpu import cpu_features
+from bitwright.lowbit.attention import LowbitOperation
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
-from bitwright.nn.layer import FoldedBatchNorm1d, FoldedBatchNorm2d, Simulated
+from bitwright.nn.layer import FOLDED, Simulated
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.qtensor import QTensor
 
@@ -46,12 +47,12 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
 
 def is_converted(model: nn.Module) -> bool:
     """Whether a model holds shipped layers."""
-    return any(isinstance(module, (LowbitLayer, LowbitAdd)) for module in model.modules())
+    return any(isinstance(module, (LowbitLayer, LowbitAdd, LowbitOperation)) for module in model.modules())
 
 
 def _shipped(module: nn.Module, features: frozenset[str], packed: dict[tuple[int, int], QTensor]) -> nn.Module | None:
     """The module that replaces ``module``, None if it stays."""
-    if isinstance(module, (FoldedBatchNorm1d, FoldedBatchNorm2d)):
+    if isinstance(module, tuple(FOLDED.values())):
         return nn.Identity()
     if not isinstance(module, Simulated):
         return None

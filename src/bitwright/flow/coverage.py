@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from bitwright.flow.prepare import plan_of
+from bitwright.lowbit.attention import LowbitOperation, Operand
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.plan.plan import Plan
@@ -69,7 +70,10 @@ def coverage(model: nn.Module) -> list[Covered]:
             stored = once(*(buffer for _, buffer in module.named_buffers()))
             specs = ", ".join(str(spec) for spec in module.input_specs)
             rows.append(Covered(path, "", specs, stored, 0, plan.why.get(Site(path, "input.0"), "")))
-        else:
+        elif isinstance(module, LowbitOperation):
+            stored = once(*module.buffers())
+            rows.append(Covered(path, "", module.specs, stored, 0, _why_operation(path, plan)))
+        elif not isinstance(module, Operand):
             for name, tensor in (
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
@@ -86,4 +90,12 @@ def _site(path: str, plan: Plan) -> Site:
     """The site of a layer's weight; a part of a module with several products is named after its slot there."""
     parent, _, slot = path.rpartition(".")
     part = Site(parent, slot)
-    return part if part in plan.sites and part.is_weight else Site(path, "weight")
+    if part in plan.sites and part.is_weight:
+        return part
+    whole = Site(*parent.rpartition(".")[::2]) if parent else part  # one of the parts of ``in_proj_weight``
+    return whole if whole in plan.sites and whole.is_weight else Site(path, "weight")
+
+
+def _why_operation(path: str, plan: Plan) -> str:
+    reasons = (why for site, why in plan.why.items() if site.path == path and plan.sites.get(site) is not None)
+    return next(reasons, "")

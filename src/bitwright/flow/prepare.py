@@ -22,7 +22,7 @@ from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.swap import swapped
 from bitwright.plan.plan import Plan
-from bitwright.plan.site import Site, call_of, check_preparable, operator_of, slots_of
+from bitwright.plan.site import FOLDING, Site, call_of, check_preparable, operator_of, rows_shape, slots_of
 from bitwright.plan.validate import validate
 
 
@@ -88,8 +88,8 @@ def _check_structure(plan: Plan, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for path, norm_path in plan.folds.items():
         layer, norm = modules[path], modules[norm_path]
-        fits = isinstance(norm, _BatchNorm) and norm.track_running_stats and operator_of(layer) in ("linear", "conv")
-        if not fits or norm.num_features != len(layer.get_parameter("weight")):
+        fits = isinstance(norm, _BatchNorm) and norm.track_running_stats and operator_of(layer) in FOLDING
+        if not fits or norm.num_features != rows_shape(layer, "weight")[0]:
             raise PlanError(f"[folds] {path} = {norm_path}: {norm} cannot fold into {layer}; make a new plan")
         if list(plan.folds.values()).count(norm_path) > 1:
             raise PlanError(f"[folds] {path} = {norm_path}: a batch norm folds into one layer only; make a new plan")
@@ -133,7 +133,7 @@ def _name(module: nn.Module, kind: str, ordinals: list[int]) -> None:
 def _quantizer(model: nn.Module, plan: Plan, site: Site) -> Quantizer:
     spec = plan.sites[site]
     assert spec is not None
-    shape = tuple(model.get_submodule(site.path).get_parameter(site.slot).shape) if site.is_weight else None
+    shape = rows_shape(model.get_submodule(site.path), site.slot) if site.is_weight else None
     known = site.slot == "probs" and plan.range_rule(site) == "fixed" and not spec.dynamic
     return (Probabilities if known else Quantizer)(
         str(site), spec, shape, plan.observers["weight" if site.is_weight else "input"], plan.range_rule(site)

@@ -11,21 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.graph.multihead import SIDES, Side
 from bitwright.kernels.recurrent import recurrence_of
 from bitwright.kernels.table import Activation
+from bitwright.lowbit.attention import LowbitAttention, LowbitCat, LowbitMatMul
 from bitwright.lowbit.conv import LowbitConv
+from bitwright.lowbit.conv3d import LowbitConv3d
 from bitwright.lowbit.elementwise import LowbitAdd
-from bitwright.lowbit.embedding import LowbitEmbedding
+from bitwright.lowbit.embedding import LowbitEmbedding, LowbitEmbeddingBag
 from bitwright.lowbit.linear import LowbitLinear
+from bitwright.lowbit.multihead import LowbitMultiheadAttention
 from bitwright.lowbit.recurrent import LowbitGRU, LowbitLSTM
+from bitwright.lowbit.transposed import LowbitConvTranspose
+from bitwright.nn.attention import QAttention, QMatMul
 from bitwright.nn.conv import geometry_of, prepad_of
-from bitwright.nn.elementwise import QAdd
-from bitwright.nn.layer import QLayer
+from bitwright.nn.elementwise import QAdd, QCat
+from bitwright.nn.embedding import bags_of
+from bitwright.nn.layer import QLayer, Simulated
+from bitwright.nn.multihead import QMultiheadAttention, bias_of, rows_of, weight_slot
 from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.recurrent import QRecurrent
+from bitwright.nn.transposed import geometry_of as geometry_of_transposed
 from bitwright.numerics.affine import encode
 from bitwright.numerics.qtensor import QTensor, pack_rows
 from bitwright.numerics.spec import QParams
+from bitwright.plan.site import PRODUCTS
 
 Features = frozenset[str]
 Shared = dict[tuple[int, int], QTensor]
@@ -67,8 +77,10 @@ def _weight(layer: QLayer, packed: Shared) -> tuple[QTensor, Tensor | None]:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     weight, bias = layer.folded()
-    stored = pack_weight(weight, quantizer) if layer.norm else pack_once(weight, quantizer, packed)
-    return stored, layer.on_grid(bias)
+    key = (id(layer.weight), id(quantizer))
+    if layer.norm or key not in packed:
+        packed[key] = pack_weight(weight, quantizer)
+    return packed[key], layer.on_grid(bias)
 
 
 def _linear(module: Any, features: Features, packed: Shared) -> nn.Module:
@@ -85,11 +97,77 @@ def _conv(module: Any, features: Features, packed: Shared) -> nn.Module:
     return LowbitConv(weight, bias, input, features, geometry_of(module), prepad_of(module))
 
 
+def _conv3d(module: Any, features: Features, packed: Shared) -> nn.Module:
+    weight, bias = _weight(module, packed)
+    input = activation(module.input_quantizer)
+    return LowbitConv3d(weight, bias, input, features, geometry_of(module), prepad_of(module))
+
+
+def _conv_transpose(module: Any, features: Features, packed: Shared) -> nn.Module:
+    weight, bias = _weight(module, packed)
+    input, geometry = activation(module.input_quantizer), geometry_of_transposed(module)
+    return LowbitConvTranspose(weight, bias, input, features, geometry, tuple(module.output_padding))
+
+
+def _embedding_bag(module: Any, features: Features, packed: Shared) -> nn.Module:
+    return LowbitEmbeddingBag(_weight(module, packed)[0], features, bags_of(module))
+
+
 def _add(module: QAdd, features: Features, packed: Shared) -> nn.Module:
     left, right = activation(module.input_0_quantizer), activation(module.input_1_quantizer)
     assert left is not None
     assert right is not None
     return LowbitAdd((left, right), features)
+
+
+def _operands(module: Simulated, op: str) -> dict[str, Activation | None]:
+    slots = [slot for product in PRODUCTS[op](module) for slot in product.inputs]
+    return {slot: activation(module.quantizer(slot)) for slot in slots}
+
+
+def _matmul(module: QMatMul, features: Features, packed: Shared) -> nn.Module:
+    return LowbitMatMul(_operands(module, "matmul"), features)
+
+
+def _cat(module: QCat, features: Features, packed: Shared) -> nn.Module:
+    return LowbitCat(_operands(module, "cat"))
+
+
+def _attention(module: QAttention, features: Features, packed: Shared) -> nn.Module:
+    return LowbitAttention(_operands(module, "attention"), features)
+
+
+def _multihead(module: QMultiheadAttention, features: Features, packed: Shared) -> nn.Module:
+    parts: dict[Side, tuple[str, nn.Module]] = {}
+    for side in SIDES:
+        slot, rows, bias = weight_slot(module, side), rows_of(module, side), bias_of(module, side)
+        weight, quantizer = module.get_parameter(slot), module.quantizer(slot)
+        if quantizer is None:
+            parts[side] = slot, _float_linear(weight.detach()[rows], bias)
+        else:
+            some = take_rows(pack_once(weight, quantizer, packed), rows)
+            parts[side] = slot, LowbitLinear(some, bias, activation(module.quantizer(side)), features)
+    return LowbitMultiheadAttention(module, parts)
+
+
+def take_rows(weight: QTensor, rows: slice) -> QTensor:
+    """Some rows of a packed matrix, with their scales, zero points and tables."""
+    count = weight.shape[0]
+
+    def some(part: Any) -> Any:
+        per_row = isinstance(part, Tensor) and part.shape[0] == count and part.dim() > 1
+        return part[rows].clone() if per_row else part
+
+    packed = weight.packed[rows].clone()
+    shape = (packed.shape[0], *weight.shape[1:])
+    return QTensor(packed, some(weight.scale), some(weight.zero_point), weight.spec, shape, some(weight.codebook))
+
+
+def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone())
+    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return linear
 
 
 def _recurrent(module: QRecurrent, features: Features, packed: Shared) -> nn.Module:
@@ -119,7 +197,16 @@ SHIPPED: dict[type[nn.Module], Callable[[Any, Features, Shared], nn.Module]] = {
     nn.Embedding: _embedding,
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
+    nn.Conv3d: _conv3d,
+    nn.ConvTranspose1d: _conv_transpose,
+    nn.ConvTranspose2d: _conv_transpose,
+    nn.ConvTranspose3d: _conv_transpose,
+    nn.EmbeddingBag: _embedding_bag,
     QAdd: _add,
+    QMatMul: _matmul,
+    QCat: _cat,
+    QAttention: _attention,
+    QMultiheadAttention: _multihead,
     QRecurrent: _recurrent,
 }
 """The first row whose class a simulated module is an instance of makes its shipped form."""

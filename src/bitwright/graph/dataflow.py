@@ -8,6 +8,7 @@ kept, so recording needs no more memory than the model itself; a model on the me
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -20,14 +21,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bitwright.graph.calls import KINDS, kind_of
+
 
 @dataclass
 class Node:
     """One call seen while recording.
 
     ``name`` is the module path or the function's name, ``inputs`` the indices of the nodes that produced its tensor
-    arguments, in order. ``owner`` is the path of the innermost module whose forward made the call, ``ordinal`` counts
-    the adds of one forward of that owner, and ``reads`` names the parameters that a function took as arguments.
+    arguments, in order (``sources`` has -1 where no call produced one). ``owner`` is the path of the innermost module
+    whose forward made the call, ``ordinal`` counts the calls of one kind (see `graph.calls`) in one forward of that
+    owner, and ``reads`` names the parameters that a function took as arguments.
     """
 
     index: int
@@ -39,6 +43,7 @@ class Node:
     owner: str = ""
     ordinal: int = -1
     reads: tuple[str, ...] = ()
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Dataflow:
         return [node for node in self.nodes if node.kind == "module" and node.name == path]
 
 
-ADDS = frozenset({"add", "iadd", "add_"})
+ADDS = KINDS["add"].recorded
 
 
 class _Recorder(TorchFunctionMode):
@@ -62,13 +67,14 @@ class _Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.producer = WeakIdKeyDictionary()
         self.parameters = {id(param): name for name, param in model.named_parameters(remove_duplicate=False)}
-        self.owners: list[tuple[str, list[int]]] = []
+        self.owners: list[tuple[str, Counter[str]]] = []
         self.leaf_depth = 0
 
     def add(self, kind: Literal["input", "module", "function"], name: str, args: Any, out: Any) -> Node:
         node = Node(len(self.nodes), kind, name, owner=self.owners[-1][0] if self.owners else "")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        node.inputs = tuple(self.producer[t] for t in tensors if t in self.producer)
+        node.sources = tuple(self.producer.get(t, -1) for t in tensors)
+        node.inputs = tuple(source for source in node.sources if source >= 0)
         node.shapes = tuple(tuple(t.shape) for t in tensors if t in self.producer)
         for source in set(node.inputs):
             self.nodes[source].users.append(node.index)
@@ -96,9 +102,9 @@ class _Recorder(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             node = self.add("function", name, (args, kwargs), out)
             node.reads = tuple(self.parameters[id(leaf)] for leaf in before if id(leaf) in self.parameters)
-            if name in ADDS and self.owners:
-                node.ordinal = self.owners[-1][1][0]
-                self.owners[-1][1][0] += 1
+            if (kind := kind_of(name)) and self.owners:
+                node.ordinal = self.owners[-1][1][kind]
+                self.owners[-1][1][kind] += 1
         return out
 
 
@@ -157,7 +163,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _hooks(recorder: _Recorder, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    if next(module.children(), None) is None:
+    if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):  # its child is never called
 
         def enter_leaf(module: nn.Module, args: Any) -> None:
             recorder.leaf_depth += 1
@@ -173,7 +179,7 @@ def _hooks(recorder: _Recorder, name: str, module: nn.Module) -> list[torch.util
         ]
 
     def enter(module: nn.Module, args: Any) -> None:
-        recorder.owners.append((name, [0]))
+        recorder.owners.append((name, Counter()))
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         recorder.owners.pop()

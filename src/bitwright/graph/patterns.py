@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from bitwright.graph.calls import KINDS
 from bitwright.graph.dataflow import ADDS, Dataflow, Node
 
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+COMPUTING = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
+"""Leaves that hold weights and compute; all but embeddings."""
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten)
@@ -45,9 +50,8 @@ def fold_batchnorms(flow: Dataflow, model: nn.Module) -> dict[str, str]:
 
 def _channels_match(module: nn.Module, norm: _Norm, call: Node) -> bool:
     """A norm normalises axis 1; a linear layer's channels are its last axis, which is the same one only in 2-D."""
-    return norm.num_features == module.weight.shape[0] and (  # type: ignore[index]
-        not isinstance(module, nn.Linear) or len(call.shapes[0]) == 2
-    )
+    outputs = module.out_channels if isinstance(module, _TRANSPOSED) else module.weight.shape[0]  # type: ignore[index]
+    return norm.num_features == outputs and (not isinstance(module, nn.Linear) or len(call.shapes[0]) == 2)
 
 
 def fusions(flow: Dataflow, model: nn.Module) -> list[tuple[str, ...]]:
@@ -100,10 +104,41 @@ def residual_adds(flow: Dataflow, model: nn.Module) -> list[Node]:
         if node.shapes[0] != node.shapes[1] or node.inputs[0] == node.inputs[1]:
             continue
         left, right = (_ancestors(flow, source) for source in node.inputs)
-        branches = left ^ right
-        if left & right and any(isinstance(_module(flow.nodes[i], model), WEIGHTED) for i in branches):
+        if left & right and _computed(flow, left ^ right, model):
             found.append(node)
     return found
+
+
+def products(flow: Dataflow, kind: str, model: nn.Module) -> list[Node]:
+    """Functional products of activations (``matmul`` or ``attention``) whose operands weighted layers made.
+
+    Rotary tables are made by products too, of positions; those are none of these.
+    """
+    return [
+        node
+        for node in flow.nodes
+        if node.kind == "function"
+        and node.name in KINDS[kind].recorded
+        and -1 not in node.sources[:2]
+        and all(_computed(flow, _ancestors(flow, source), model) for source in node.sources[:2])
+    ]
+
+
+def concatenations(flow: Dataflow, model: nn.Module) -> list[Node]:
+    """Functional concatenations of different tensors, some made by weighted layers; not of parts of one tensor."""
+    found = []
+    for node in flow.nodes:
+        if node.kind == "function" and node.name in KINDS["cat"].recorded and len(set(node.inputs)) > 1:
+            above = [_ancestors(flow, source) for source in node.inputs]
+            apart = [flow.nodes[i] for i in set.union(*above) - set.intersection(*above)]
+            parts = all(n.name == "neg" or _is_view(n, model) for n in apart)  # rotary embeddings turn halves
+            if not parts and _computed(flow, set.union(*above), model):
+                found.append(node)
+    return found
+
+
+def _computed(flow: Dataflow, indices: set[int], model: nn.Module) -> bool:
+    return any(isinstance(_module(flow.nodes[i], model), COMPUTING) for i in indices)
 
 
 def feeds_layernorm(flow: Dataflow, node: Node, model: nn.Module) -> bool:
@@ -130,12 +165,14 @@ def classifiers(flow: Dataflow, model: nn.Module) -> list[str]:
 
 
 def first_layers(flow: Dataflow, model: nn.Module) -> list[str]:
-    """Weighted layers that no other weighted layer or embedding feeds: they see the raw input."""
+    """Weighted and recurrent layers that no such layer or embedding feeds: they see the raw input."""
     found = []
     for node in flow.nodes:
-        if isinstance(_module(node, model), WEIGHTED) and node.inputs and node.name not in found:
+        if isinstance(_module(node, model), COMPUTING) and node.inputs and node.name not in found:
             above = _ancestors(flow, node.inputs[0])
-            if not any(isinstance(_module(flow.nodes[i], model), (*WEIGHTED, nn.Embedding)) for i in above):
+            if not any(
+                isinstance(_module(flow.nodes[i], model), (*COMPUTING, nn.Embedding, nn.EmbeddingBag)) for i in above
+            ):
                 found.append(node.name)
     return found
 

@@ -1,36 +1,26 @@
-"""Give functional adds a name, so that a plan can address them and a module can quantize them.
+"""Give functional adds, products, concatenations and attentions a name, so that a plan can address them.
 
-Only the module whose forward contains the add is touched. Its forward is traced with every child as a leaf (so no
-transformer or detection code is ever traced), the chosen adds become calls of an `Add` child, and the module's class
-becomes a subclass of itself with that forward. Parameters, keys, hooks and ``isinstance`` stay as they were.
+Only the module whose forward contains the call is touched. Its forward is traced with every child as a leaf (so no
+transformer or detection code is ever traced), the chosen calls become calls of a child (`graph.calls`), and the
+module's class becomes a subclass of itself with that forward. Parameters, keys, hooks and ``isinstance`` stay as they
+were.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from bitwright.errors import ModelError
+from bitwright.graph.calls import KINDS
 from bitwright.graph.dataflow import evaluating
 
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
 _NEW_MEMORY = frozenset("add sub mul truediv div matmul cat relu gelu silu sigmoid mean sum pad interpolate".split())
-
-
-class Add(nn.Module):
-    """``a + b`` as a module: a residual add that can be named in a plan.
-
-    >>> Add()(torch.ones(2), torch.ones(2)).tolist()
-    [2.0, 2.0]
-    """
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum of two tensors of one shape."""
-        return a + b
 
 
 def _recorded(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -63,9 +53,10 @@ class _ChildrenAreLeaves(fx.Tracer):
         return _InPlaceProxy(node, self)
 
 
-def _is_add(node: fx.Node) -> bool:
-    return (node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)) or (
-        node.op == "call_method" and node.target in ("add", "add_", "__add__", "__iadd__", "__radd__")
+def _is_call(node: fx.Node, kind: str) -> bool:
+    calls = KINDS[kind]
+    return (node.op == "call_function" and node.target in calls.functions) or (
+        node.op == "call_method" and node.target in calls.methods
     )
 
 
@@ -84,31 +75,27 @@ def _trace(module: nn.Module) -> fx.Graph:
     return graphs[0]
 
 
-def _tensor_adds(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if _is_add(node)]
-
-
-def why_not_nameable(module: nn.Module, count: int) -> str:
-    """Empty if the ``count`` adds in ``module.forward`` can be named, else the reason in a few words."""
+def why_not_nameable(module: nn.Module, kind: str, count: int) -> str:
+    """Empty if the ``count`` calls of one kind in ``module.forward`` can be named, else the reason in a few words."""
     try:
         graph = _trace(module)
     except Exception as cause:
         return f"{type(module).__name__}.forward cannot be traced ({type(cause).__name__}: {cause})"
-    adds = _tensor_adds(graph)
-    if len(adds) != count:
-        return f"{type(module).__name__}.forward shows {len(adds)} adds when traced and {count} when run"
-    return next((reason for i, add in enumerate(adds) if (reason := _unsafe(module, add, i))), "")
+    calls = [node for node in graph.nodes if _is_call(node, kind)]
+    if len(calls) != count:
+        return f"{type(module).__name__}.forward shows {len(calls)} {kind}s when traced and {count} when run"
+    return next((reason for i, call in enumerate(calls) if (reason := _unsafe(module, call, kind, i))), "")
 
 
-def _unsafe(module: nn.Module, add: fx.Node, ordinal: int) -> str:
-    """Why ``add`` cannot become ``self.add_<ordinal>(a, b)``; empty if it can."""
-    if hasattr(module, f"add_{ordinal}"):
-        return f"{type(module).__name__} has an attribute add_{ordinal} already"
-    if add.kwargs or len(add.args) != 2:
-        return f"the add {add.name} has keyword arguments ({', '.join(add.kwargs)})"
-    if add.target in _IN_PLACE:
-        return _aliasing(module, add)
-    return ""
+def _unsafe(module: nn.Module, call: fx.Node, kind: str, ordinal: int) -> str:
+    """Why a call cannot become ``self.<kind>_<ordinal>(...)``; empty if it can."""
+    if hasattr(module, f"{kind}_{ordinal}"):
+        return f"{type(module).__name__} has an attribute {kind}_{ordinal} already"
+    try:
+        signature(KINDS[kind].module.forward).bind(module, *call.args, **call.kwargs)
+    except TypeError:
+        return f"the {kind} {call.name} has keyword arguments ({', '.join(call.kwargs)})"
+    return _aliasing(module, call) if call.target in _IN_PLACE else ""
 
 
 def _aliasing(module: nn.Module, add: fx.Node) -> str:
@@ -136,32 +123,32 @@ def _makes_new_memory(module: nn.Module, node: fx.Node) -> bool:
     return name.strip("_") in _NEW_MEMORY and not name.endswith("_") and not node.kwargs.get("inplace", False)
 
 
-def name_adds(module: nn.Module, ordinals: Iterable[int]) -> None:
-    """Turn the adds number ``ordinals`` of ``module.forward`` into children ``add_0``, ``add_1``, ... in place.
+def name_calls(module: nn.Module, kind: str, ordinals: Iterable[int]) -> None:
+    """Turn calls of one kind in ``module.forward`` into children: ``add_0``, ``add_1``, ... in place, by ordinal.
 
-    Raises `ModelError` when the forward cannot be traced, has no such add, or the add cannot be taken out of its place.
+    Raises `ModelError` when the forward cannot be traced, has no such call, or it cannot be taken out of its place.
     """
     graph = _trace(module)
-    adds = _tensor_adds(graph)
+    calls = [node for node in graph.nodes if _is_call(node, kind)]
     for ordinal in ordinals:
-        if ordinal >= len(adds):
+        if ordinal >= len(calls):
             raise ModelError(
-                f"{type(module).__name__}.forward has {len(adds)} adds, the plan names add_{ordinal}; "
+                f"{type(module).__name__}.forward has {len(calls)} {kind}s, the plan names {kind}_{ordinal}; "
                 "make a new plan for this model"
             )
-        node, name = adds[ordinal], f"add_{ordinal}"
-        if reason := _unsafe(module, node, ordinal):
-            raise ModelError(f"{type(module).__name__}.forward: {reason}; write it as bitwright.Add")
+        node, name, child = calls[ordinal], f"{kind}_{ordinal}", KINDS[kind].module
+        if reason := _unsafe(module, node, kind, ordinal):
+            raise ModelError(f"{type(module).__name__}.forward: {reason}; write it as bitwright.{child.__name__}")
         with graph.inserting_before(node):
-            replacement = graph.call_module(name, node.args)
+            replacement = graph.call_module(name, node.args, node.kwargs)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-        module.add_module(name, Add())
+        module.add_module(name, child())
     module.__class__ = _with_forward(type(module), graph)
 
 
 def _with_forward(cls: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
     code = graph.python_code("self")
     namespace: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, f"<{cls.__name__} with named adds>", "exec"), namespace)
+    exec(compile(code.src, f"<{cls.__name__} with named calls>", "exec"), namespace)
     return type(cls.__name__, (cls,), {"forward": namespace["forward"], "__module__": cls.__module__})

@@ -1,10 +1,13 @@
-"""`QAdd`: a residual add whose two inputs are quantized as a pair."""
+"""`QAdd` and `QCat`: operations on values, whose inputs are quantized each, or with one scale for all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add, Cat
 from bitwright.kernels import reference
 from bitwright.nn.layer import Simulated
 from bitwright.nn.quantizer import Quantizer, Stage
@@ -24,3 +27,18 @@ class QAdd(Simulated, Add):
             right.observe(b)
             return a + b
         return reference.add(left(a), right(b))
+
+
+class QCat(Simulated, Cat):
+    """A concatenation whose tensors share one scale, so that their codes can be joined as they are."""
+
+    input_quantizer: Quantizer
+
+    def forward(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """The tensors joined along ``dim``."""
+        quantizer = self.input_quantizer
+        if quantizer.stage is Stage.SIMULATE:
+            return torch.cat([quantizer.simulate(x) for x in tensors], dim)
+        for x in tensors:
+            quantizer.observe(x)
+        return torch.cat(list(tensors), dim)

@@ -7,24 +7,44 @@ Adding a layer: write ``class QThing(QLayer, Thing)`` with a forward, add a row 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bitwright.errors import ModelError
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import Add, Attention, Cat, MatMul
+from bitwright.nn.attention import QAttention, QMatMul
 from bitwright.nn.conv import QConv1d, QConv2d
-from bitwright.nn.elementwise import QAdd
-from bitwright.nn.embedding import QEmbedding
+from bitwright.nn.conv3d import QConv3d
+from bitwright.nn.elementwise import QAdd, QCat
+from bitwright.nn.embedding import QEmbedding, QEmbeddingBag
 from bitwright.nn.linear import QLinear
+from bitwright.nn.multihead import QMultiheadAttention
 from bitwright.nn.recurrent import QGRU, QLSTM
+from bitwright.nn.transposed import QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
 from bitwright.plan.site import OPERATORS, unknown_subclass
+
+
+class QOutProjection(QLinear, NonDynamicallyQuantizableLinear):
+    """The output projection of `nn.MultiheadAttention`, a linear layer with a class of its own."""
+
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QLinear,
     nn.Conv1d: QConv1d,
     nn.Conv2d: QConv2d,
+    nn.Conv3d: QConv3d,
+    nn.ConvTranspose1d: QConvTranspose1d,
+    nn.ConvTranspose2d: QConvTranspose2d,
+    nn.ConvTranspose3d: QConvTranspose3d,
     nn.Embedding: QEmbedding,
+    nn.EmbeddingBag: QEmbeddingBag,
     nn.LSTM: QLSTM,
     nn.GRU: QGRU,
+    nn.MultiheadAttention: QMultiheadAttention,
+    NonDynamicallyQuantizableLinear: QOutProjection,
     Add: QAdd,
+    MatMul: QMatMul,
+    Cat: QCat,
+    Attention: QAttention,
 }
 
 

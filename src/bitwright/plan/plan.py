@@ -107,6 +107,8 @@ class Plan:
         'lsq+'
         """
         kind, rule = "weight" if site.is_weight else "input", ""
+        if site.slot == "probs":  # probabilities lie in [0, 1]: nothing to learn, unless a pattern says so
+            kind, rule = "probs", "fixed"
         for pattern, name in self.ranges.items():
             if pattern == kind or str(site) == pattern or fnmatchcase(str(site), pattern):
                 rule = name

@@ -16,10 +16,23 @@ from torch import nn
 
 from bitwright.errors import ModelError, NumericsError, PlanError
 from bitwright.graph import patterns
-from bitwright.graph.dataflow import ADDS, Dataflow, Node, record
+from bitwright.graph.calls import KINDS, kind_of
+from bitwright.graph.dataflow import Dataflow, Node, record
+from bitwright.graph.multihead import CHILD, SIDES
 from bitwright.graph.rewrite import why_not_nameable
 from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.site import ADD_SLOTS, Product, Site, operator_of, products_of, slots_of, unknown_subclass
+from bitwright.plan.site import (
+    ADD_SLOTS,
+    CONVOLUTIONS,
+    PRODUCTS,
+    Product,
+    Site,
+    operator_of,
+    products_of,
+    rows_shape,
+    slots_of,
+    unknown_subclass,
+)
 from bitwright.plan.target import Target
 
 Pair = tuple[str | None, str | None]
@@ -37,9 +50,11 @@ class Preset:
 
     def pair(self, op: str) -> Pair:
         """Specs (weight, input) of one operator; every kind of weighted product but convolution is a linear one."""
-        if op in ("conv", "embedding", "add"):
-            return {"conv": self.conv, "embedding": (self.embedding, None), "add": (None, self.add)}[op]
-        return self.linear
+        if op in OPTIONAL:
+            return None, None
+        if op in ("embedding", "add"):
+            return {"embedding": (self.embedding, None), "add": (None, self.add)}[op]
+        return self.conv if op in CONVOLUTIONS else self.linear
 
 
 PRESETS: dict[str, Preset] = {
@@ -66,6 +81,14 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+OPTIONAL = {
+    "matmul": "products of two activations stay in float unless a rule gives them a spec",
+    "cat": "concatenations stay in float unless a rule gives them a spec, one for all their tensors",
+    "attention": "the products of attention stay in float unless a rule gives them a spec",
+}
+"""Operations of activations only, which no preset quantizes: a float product of float tensors loses nothing."""
+
+
 @dataclass
 class Proposal:
     """The parts of a plan that come from running the model: decisions, reasons and structure."""
@@ -85,7 +108,7 @@ def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Ma
     if name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     preset, flow, out = PRESETS[name], record(model, example), Proposal()
-    kept = _kept_in_float(flow, model)
+    kept = _without_kernel(model, target) | _kept_in_float(flow, model)
     first = patterns.first_layers(flow, model)
     for path, module in model.named_modules():
         if known := unknown_subclass(module):
@@ -93,9 +116,20 @@ def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Ma
         elif operator_of(module):
             _decide(out, name, preset, path, module, kept.get(path, ""), path in first)
     _add_residuals(out, flow, model, preset, target)
+    _add_optional(out, flow, model)
     out.folds = {conv: norm for conv, norm in patterns.fold_batchnorms(flow, model).items() if _quantized(out, conv)}
     _share(out, flow, model)
     return out
+
+
+def _without_kernel(model: nn.Module, target: Target) -> dict[str, str]:
+    """``{path: reason}`` for weighted layers whose operator the target does not have at all."""
+    return {
+        path: f"target {target.name} has no {product.op} kernel"
+        for path, module in model.named_modules()
+        for product in products_of(module)
+        if product.weight is not None and not target.has(product.op)
+    }
 
 
 def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:
@@ -139,8 +173,8 @@ def _keep_unknown(
 def _decide(out: Proposal, name: str, preset: Preset, path: str, module: nn.Module, kept: str, first: bool) -> None:
     for product in products_of(module):
         weight, input = preset.pair(product.op)
-        why = f"preset {name}"
-        if product.op in ("linear", "conv") and first and _meets_input(product) and preset.first is not None:
+        why = OPTIONAL.get(operator_of(module) or "", f"preset {name}")
+        if product.op in ("linear", *CONVOLUTIONS) and first and _meets_input(product) and preset.first is not None:
             (weight, input), why = preset.first, f"preset {name}: a layer that sees the raw input keeps 8 bits"
         if kept:
             weight, input, why = None, None, kept
@@ -163,33 +197,61 @@ def _fit_group(out: Proposal, site: Site, module: nn.Module) -> None:
     """A preset's group size that does not divide the layer becomes one scale per channel, said in the plan."""
     spec = out.sites[site]
     assert spec is not None
-    weight = module.get_parameter(site.slot)
+    shape = rows_shape(module, site.slot)
     try:
-        spec.granularity.scale_shape(weight.shape)
+        spec.granularity.scale_shape(shape)
     except NumericsError:
         out.sites[site] = QuantSpec.parse(f"{spec.format}/channel")
-        out.why[site] += f": {spec} does not divide {weight.shape[-1]} inputs, one scale per channel instead"
+        out.why[site] += f": {spec} does not divide {shape[-1]} inputs, one scale per channel instead"
 
 
 def _add_residuals(out: Proposal, flow: Dataflow, model: nn.Module, preset: Preset, target: Target) -> None:
     for node in patterns.residual_adds(flow, model):
         owner = model.get_submodule(node.owner)
-        count = 1 + max(n.ordinal for n in flow.nodes if n.owner == node.owner and n.name in ADDS)
+        count = _count(flow, node.owner, "add")
         spec, why = None if preset.add is None else QuantSpec.parse(preset.add), "residual add"
         if spec is not None:
             if patterns.feeds_layernorm(flow, node, model):
                 spec, why = None, "residual add into a layer norm, which stays in float"
             elif not target.quantizes_adds:
                 spec, why = None, f"target {target.name} does not quantize adds"
-            elif reason := why_not_nameable(owner, count):
+            elif reason := why_not_nameable(owner, "add", count):
                 spec, why = None, f"residual add that cannot be named: {reason}; write it as bitwright.Add"
-        path = _add_path(node)
+        path = _call_path(node)
         for slot in ADD_SLOTS:
             out.sites[Site(path, slot)], out.why[Site(path, slot)] = spec, why
 
 
-def _add_path(node: Node) -> str:
-    return f"{node.owner}.add_{node.ordinal}".removeprefix(".")
+def _add_optional(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
+    """Sites, in float, of products and concatenations of activations, for rules to switch on."""
+    found = {kind: patterns.products(flow, kind, model) for kind in ("matmul", "attention")}
+    found["cat"] = patterns.concatenations(flow, model)
+    for kind, nodes in found.items():
+        for node in nodes:
+            count = _count(flow, node.owner, kind)
+            reason = why_not_nameable(model.get_submodule(node.owner), kind, count)
+            _keep_optional(out, _call_path(node), kind, reason)
+    for path, module in model.named_modules():
+        if operator_of(module) == "multihead":
+            _keep_optional(out, f"{path}.{CHILD}".removeprefix("."), "attention", "")
+
+
+def _keep_optional(out: Proposal, path: str, kind: str, reason: str) -> None:
+    why = OPTIONAL[kind]
+    if reason:
+        why = f"{kind} that cannot be named: {reason}; write it as bitwright.{KINDS[kind].module.__name__}"
+    for product in PRODUCTS[kind](None):
+        for slot in product.inputs:
+            out.sites[Site(path, slot)], out.why[Site(path, slot)] = None, why
+
+
+def _count(flow: Dataflow, owner: str, kind: str) -> int:
+    """How many calls of a kind one forward of ``owner`` makes."""
+    return 1 + max(n.ordinal for n in flow.nodes if n.owner == owner and n.name in KINDS[kind].recorded)
+
+
+def _call_path(node: Node) -> str:
+    return f"{node.owner}.{kind_of(node.name)}_{node.ordinal}".removeprefix(".")
 
 
 def _quantized(out: Proposal, path: str) -> bool:
@@ -199,15 +261,15 @@ def _quantized(out: Proposal, path: str) -> bool:
 def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
     """Consumers of one tensor with one spec share one quantizer; so do tied weights, unless batch norms change them."""
     consumers: dict[int, list[Site]] = {}
-    paths = [node.name if node.kind == "module" else _add_path(node) for node in flow.nodes]
+    paths = [node.name if node.kind == "module" else _call_path(node) for node in flow.nodes]
     times = Counter(paths)
     for node, path in zip(flow.nodes, paths, strict=True):
         slots = _activation_slots(node, path, model)
-        if times[path] > 1 or len(node.inputs) < len(slots):  # an operand that no call produced has no number here
+        if times[path] > 1:
             continue
-        for slot, source in zip(slots, node.inputs, strict=False):
+        for slot, source in zip(slots, node.sources, strict=False):
             site = Site(path, slot)
-            if (spec := out.sites.get(site)) is not None and not spec.dynamic:
+            if source >= 0 and (spec := out.sites.get(site)) is not None and not spec.dynamic:
                 consumers.setdefault(source, []).append(site)
     weights: dict[tuple[int, str | None], list[Site]] = {}
     for site in out.sites:  # float ones too: a rule may quantize both ends of a tie later
@@ -222,8 +284,8 @@ def _share(out: Proposal, flow: Dataflow, model: nn.Module) -> None:
 
 
 def _activation_slots(node: Node, path: str, model: nn.Module) -> tuple[str, ...]:
-    """Slots of a call's tensor arguments, in the order of its arguments; only plain layers and adds are known."""
+    """Slots of a call's tensor arguments, in the order of its arguments, as far as they are known."""
     if node.kind != "module":
         return ADD_SLOTS
     slots = tuple(slot for slot in slots_of(model.get_submodule(path)) if not Site(path, slot).is_weight)
-    return slots if slots in (("input",), ADD_SLOTS) else ()
+    return slots if slots in (("input",), ADD_SLOTS, SIDES) else ()

@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bitwright.errors import ModelError, PlanError
-from bitwright.graph.rewrite import Add
+from bitwright.graph.calls import KINDS, Add, Attention, Cat, MatMul
 from bitwright.kernels.recurrent import recurrence_of
 
 # Which operator a module class is; classes match exactly, see `operator_of`.
@@ -24,10 +25,20 @@ OPERATORS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv",
     nn.Conv2d: "conv",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose",
+    nn.ConvTranspose2d: "conv_transpose",
+    nn.ConvTranspose3d: "conv_transpose",
     nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
     nn.LSTM: "recurrent",
     nn.GRU: "recurrent",
+    nn.MultiheadAttention: "multihead",
+    NonDynamicallyQuantizableLinear: "linear",
     Add: "add",
+    MatMul: "matmul",
+    Cat: "cat",
+    Attention: "attention",
 }
 
 
@@ -50,20 +61,41 @@ def _recurrent(module: nn.RNNBase) -> tuple[Product, ...]:
     return tuple(Product("linear", weight, (activation,)) for weight, activation in pairs)
 
 
+def _multihead(module: nn.MultiheadAttention) -> tuple[Product, ...]:
+    """The input projections; the output projection and the products of attention are children."""
+    if module._qkv_same_embed_dim:
+        return (Product("linear", "in_proj_weight", ("query", "key", "value")),)
+    return tuple(Product("linear", f"{side[0]}_proj_weight", (side,)) for side in ("query", "key", "value"))
+
+
 PRODUCTS: dict[str, Callable[[Any], tuple[Product, ...]]] = {
     "linear": lambda module: (Product("linear", "weight", ("input",)),),
     "conv": lambda module: (Product("conv", "weight", ("input",)),),
+    "conv3d": lambda module: (Product("conv3d", "weight", ("input",)),),
+    "conv_transpose": lambda module: (Product("conv_transpose", "weight", ("input",)),),
     "embedding": lambda module: (Product("embedding", "weight", ()),),
     "recurrent": _recurrent,
+    "multihead": _multihead,
     "add": lambda module: (Product("add", None, ADD_SLOTS),),
+    "matmul": lambda module: (Product("matmul", None, ADD_SLOTS),),
+    "cat": lambda module: (Product("cat", None, ("input",)),),
+    "attention": lambda module: (
+        Product("matmul", None, ("query", "key")),
+        Product("matmul", None, ("probs", "value")),
+    ),
 }
 """What a module of each operator computes; how many products there are may depend on the module."""
+
+CONVOLUTIONS = ("conv", "conv3d", "conv_transpose")
+FOLDING = ("linear", *CONVOLUTIONS)
+"""Operators whose module can compute the batch norm behind it."""
 
 ADD_SLOTS = ("input.0", "input.1")
 
 _WEIGHT = r"weight(?:_(?:ih|hh|hr)_l\d+(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight|gate_up_proj|down_proj"
 _ACTIVATION = r"input\.\d+|(?:input|hidden|projected)(?:_l\d+(?:_reverse)?)?|query|key|value|probs"
 _SITE = re.compile(rf"(?:(?P<path>.*?)\.)?(?P<slot>{_WEIGHT}|{_ACTIVATION})", re.DOTALL)
+_CALL = re.compile(rf"(?:(?P<owner>.*)\.)?(?P<kind>{'|'.join(KINDS)})_(?P<ordinal>\d{1,9})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +128,18 @@ class Site:
         return re.fullmatch(_WEIGHT, self.slot) is not None
 
 
+def call_of(path: str) -> tuple[str, str, int] | None:
+    """Owner, kind and ordinal of a functional call that a path names; None for other paths.
+
+    >>> call_of("layers.0.add_1"), call_of("layers.0")
+    (('layers.0', 'add', 1), None)
+    """
+    match = _CALL.fullmatch(path)
+    return None if match is None else (match["owner"] or "", match["kind"], int(match["ordinal"]))
+
+
 def operator_of(module: nn.Module) -> str | None:
-    """``linear``, ``conv``, ``embedding``, ``recurrent``, ``add``, or None for modules that have no quantized form.
+    """``linear``, ``conv``, ``embedding``, ``recurrent``, ``add`` ..., or None for modules that have no quantized form.
 
     >>> operator_of(nn.Linear(2, 2)), operator_of(nn.ReLU())
     ('linear', None)
@@ -123,6 +165,19 @@ def slots_of(module: nn.Module) -> tuple[str, ...]:
     """
     slots = [slot for product in products_of(module) for slot in (product.weight, *product.inputs) if slot]
     return tuple(dict.fromkeys(slots))
+
+
+def rows_shape(module: nn.Module, slot: str) -> tuple[int, ...]:
+    """Shape of a weight as it is encoded, its output channel as axis 0; torch keeps that of a transposed one second.
+
+    >>> rows_shape(nn.ConvTranspose2d(6, 8, 3, groups=2), "weight")
+    (8, 3, 3, 3)
+    """
+    shape = tuple(module.get_parameter(slot).shape)
+    if operator_of(module) != "conv_transpose":
+        return shape
+    groups: Any = module.groups
+    return (shape[1] * groups, shape[0] // groups, *shape[2:])
 
 
 def unknown_subclass(module: nn.Module) -> type[nn.Module] | None:

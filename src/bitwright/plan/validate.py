@@ -15,7 +15,18 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.fit import WEIGHT_OBSERVERS
 from bitwright.observe.observer import make_observer
 from bitwright.plan.rules import parse_rule
-from bitwright.plan.site import PRODUCTS, Product, Site, call_of, matching, operator_of, products_of, slots_of, unknown_subclass
+from bitwright.plan.site import (
+    PRODUCTS,
+    Product,
+    Site,
+    call_of,
+    matching,
+    operator_of,
+    products_of,
+    rows_shape,
+    slots_of,
+    unknown_subclass,
+)
 from bitwright.plan.target import get_target, spelled
 
 
@@ -142,7 +153,7 @@ def _check_product(plan: Decisions, path: str, product: Product, module: nn.Modu
 
 
 def _check_weight(site: Site, spec: QuantSpec, module: nn.Module) -> None:
-    shape = module.get_parameter(site.slot).shape
+    shape = rows_shape(module, site.slot)
     if spec.dynamic:
         raise PlanError(f"{site}: {spec} is dynamic, but weights are stored; remove /dynamic")
     if spec.scale is not None:
