@@ -18,7 +18,7 @@ from bitwright.observe.histogram import Histogram
 from bitwright.observe.observer import make_observer
 
 SPECS = ["uint8/asym", "int8", "uint4/asym", "ternary"]
-NAMES = ["minmax", "percentile:99.9", "mse", "ema:0.5"]
+NAMES = ["minmax", "percentile:99.9", "mse", "kl", "ema:0.5"]
 
 
 def scenes() -> dict[str, list[list[Tensor]]]:
@@ -86,7 +86,7 @@ SEEN = [scene for scene in scenes() if scene != "nothing anywhere"]
 
 
 @pytest.mark.parametrize("text", SPECS)
-@pytest.mark.parametrize("name", ["minmax", "percentile:99.9", "mse"])
+@pytest.mark.parametrize("name", ["minmax", "percentile:99.9", "mse", "kl"])
 @pytest.mark.parametrize("scene", SEEN)
 def test_both_ranks_end_with_the_answer_of_one_process_that_saw_everything(ranks, scene, name, text):
     scale, zero_point = alone(scene, name, text)

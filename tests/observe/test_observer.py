@@ -13,7 +13,7 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.observer import OBSERVERS, Observer, make_observer, register_observer
 
 UINT8 = QuantSpec.parse("uint8/asym")
-NAMES = ["minmax", "ema", "ema:0.5", "percentile", "percentile:99.9", "mse"]
+NAMES = ["minmax", "ema", "ema:0.5", "percentile", "percentile:99.9", "mse", "kl"]
 
 
 def fed(text: str, *batches: torch.Tensor) -> Observer:
@@ -153,7 +153,7 @@ def test_updates_do_not_keep_the_tensor_or_its_graph(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max", "unknown observer 'max'; known observers: ema, minmax, mse, percentile"),
+        ("max", "unknown observer 'max'; known observers: ema, fixed, kl, minmax, mse, percentile"),
         ("", "unknown observer ''; known observers"),
         ("entropy:3", "unknown observer 'entropy:3'"),
         ("percentile:abc", "cannot read observer 'percentile:abc': could not convert string to float"),
@@ -163,7 +163,10 @@ def test_updates_do_not_keep_the_tensor_or_its_graph(name):
         ("ema:1", "cannot read observer 'ema:1': the decay must lie between 0 and 1, got 1.0"),
         ("ema:0", "the decay must lie between 0 and 1, got 0.0"),
         ("minmax:3", "cannot read observer 'minmax:3'"),
-        ("mse:2", "cannot read observer 'mse:2'"),
+        ("mse:2", "the lower end must be finite and at most 0, got 2.0"),
+        ("mse:high=2", "cannot read observer 'mse:high=2'"),
+        ("fixed:1,0", "the lower end must lie below the upper one, got 1.0 and 0.0"),
+        ("fixed:1", "cannot read observer 'fixed:1'"),
     ],
 )
 def test_unknown_observers_and_unreadable_numbers_are_named(text, message):
@@ -189,3 +192,28 @@ def test_a_registered_observer_is_known_by_its_name_and_cannot_be_replaced_silen
             register_observer("test-constant")(Constant)
     finally:
         del OBSERVERS["test-constant"]
+
+
+def test_a_known_lower_end_is_kept_and_the_upper_one_searched():
+    y = torch.nn.functional.gelu(torch.randn(200_000))
+    for text in ("uint4/asym", "uint8/asym"):
+        spec = QuantSpec.parse(text)
+        params = fed("mse:low=-0.169971", y).qparams(spec)
+        low = -params.zero_point * params.scale
+        assert low.item() == pytest.approx(-0.169971, abs=params.scale.item() / 2 * 1.01)
+        free = fed("mse", y).qparams(spec)
+        errors = [(simulate(y, spec, p) - y).double().square().mean().item() for p in (params, free)]
+        assert errors[0] < errors[1] * 10**0.02
+
+
+@pytest.mark.parametrize("text", ["mse:low=-0.169971", "fixed:-0.1,5", "fixed:-1,2"])
+def test_data_beyond_an_end_that_was_called_known_is_an_error(text):
+    with pytest.raises(CalibrationError, match=f"observer {text} fixes an end that the data passes: found 3"):
+        fed(text, torch.tensor([-3.0 if text != "fixed:-1,2" else 3.0, 1.0])).qparams(UINT8)
+
+
+def test_a_fixed_range_is_taken_whatever_the_data():
+    params = fed("fixed:0,1", torch.rand(10) * 0.3).qparams(UINT8)
+    assert params.scale.item() * 255 == pytest.approx(1.0)
+    assert params.zero_point.item() == 0
+    assert fed("fixed:-1,1", torch.tensor([1.001])).qparams(QuantSpec.parse("int8")).scale.item() * 127 == pytest.approx(1.0)

@@ -74,6 +74,17 @@ class Histogram:
             self.counts = merged.index_add_(0, index - self.first, self.counts)
         self.exponent = exponent
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors; `load_state` of another histogram continues from it."""
+        place = torch.tensor([self.exponent, self.first])
+        return {"place": place, "counts": self.counts.clone(), "ends": torch.cat([self.lo, self.hi])}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where the histogram that gave ``state`` stood."""
+        self.exponent, self.first = state["place"].tolist()
+        self.counts = state["counts"].clone()
+        self.lo, self.hi = state["ends"].clone().split(1)
+
     def reduce(self) -> None:
         """Sum the histograms of all ranks; every rank ends with the same state."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -99,6 +110,20 @@ class Histogram:
         centres = centres.float().clamp(self.lo, self.hi)
         centres[0], centres[-1] = self.lo[0], self.hi[0]
         return centres, self.counts[filled].float()
+
+    def magnitudes(self, most: int) -> tuple[Tensor, float]:
+        """Counts of the absolute values in equal bins from 0 on, at most ``most`` of them, and the width of a bin.
+
+        Bins are merged by two until they fit: a width between the bins' own would leave gaps.
+        """
+        if not len(self.counts):
+            raise CalibrationError(NOTHING_SEEN)
+        index = torch.arange(len(self.counts)) + self.first
+        index, exponent = torch.where(index < 0, -index - 1, index), self.exponent
+        while int(index.max()) >= most:
+            index, exponent = index >> 1, exponent + 1
+        counts = torch.zeros(int(index.max()) + 1, dtype=torch.int64).index_add_(0, index, self.counts)
+        return counts, 2.0**exponent
 
     def quantile(self, share: float) -> Tensor:
         """Smallest value below which ``share`` of the counts lie, to the width of a bin; shape ``[1]``."""
