@@ -37,17 +37,22 @@ def prepared_part(model: nn.Module) -> nn.Module:
 def param_groups(model: nn.Module, weight_decay: float = 1e-4) -> list[dict[str, object]]:
     """Three optimizer groups: weights (with decay), biases and norms (without), quantizer ranges (without).
 
-    Ranges are listed although they train only in the joint phase. Parameters that you froze yourself are left out.
+    Ranges are listed although they train only in the joint phase; those of rule ``pact``, which asks for decay, are in
+    the first group. Parameters that you froze yourself are left out.
     """
     model = prepared_part(model)
-    ranges = list(ranges_of(model))
+    ranges = ranges_of(model)
     taken = {id(parameter) for parameter in ranges}
+    decaying = {id(q.scale) for q in quantizers_of(model) if q.rule.decays}
     trainable = trainable_names(model)
     own = [p for name, p in model.named_parameters() if name in trainable and id(p) not in taken]
     return [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": weight_decay},
+        {
+            "params": [p for p in own if p.dim() > 1] + [p for p in ranges if id(p) in decaying],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
-        {"params": ranges, "weight_decay": 0.0},
+        {"params": [p for p in ranges if id(p) not in decaying], "weight_decay": 0.0},
     ]
 
 

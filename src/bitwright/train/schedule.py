@@ -4,11 +4,12 @@
 phase     share  weights            ranges        batch norm stats  who trains
 ========= ====== ================== ============= ================= ================
 WARMUP    25 %   train              fixed         updating          everything
-JOINT     50 %   train              learned (LSQ) updating          everything
+JOINT     50 %   train              by their rule updating          everything
 FINETUNE  25 %   sensitive layers   frozen        frozen            sensitive layers
 ========= ====== ================== ============= ================= ================
 
-The learning rate starts at 1 % of the original training's initial rate and falls along a cosine to 0.01 % of it.
+The rule of a range (LSQ, LSQ+, PACT, EMA, AdaRange) is the plan's, see `nn.ranges`. The learning rate starts at 1 % of
+the original training's initial rate and falls along a cosine to 0.01 % of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bitwright.train.groups import (
     check_ready,
     param_groups,
     prepared_part,
+    quantizers_of,
     ranges_of,
     trainable_names,
     weight_errors,
@@ -181,6 +183,8 @@ class Schedule:
                 _set_trainable(parameter, phase is not Phase.FINETUNE or id(parameter) in kept)
             else:
                 _set_trainable(parameter, False)
+        for quantizer in quantizers_of(model):
+            quantizer.freeze_range = phase is not Phase.JOINT
 
     def sensitive_layers(self, model: nn.Module) -> list[str]:
         """Paths of the layers that go on training in the last phase, most sensitive first."""
