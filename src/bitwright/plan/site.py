@@ -95,7 +95,7 @@ ADD_SLOTS = ("input.0", "input.1")
 _WEIGHT = r"weight(?:_(?:ih|hh|hr)_l\d+(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight|gate_up_proj|down_proj"
 _ACTIVATION = r"input\.\d+|(?:input|hidden|projected)(?:_l\d+(?:_reverse)?)?|query|key|value|probs"
 _SITE = re.compile(rf"(?:(?P<path>.*?)\.)?(?P<slot>{_WEIGHT}|{_ACTIVATION})", re.DOTALL)
-_CALL = re.compile(rf"(?:(?P<owner>.*)\.)?(?P<kind>{'|'.join(KINDS)})_(?P<ordinal>\d{1,9})", re.DOTALL)
+_CALL = re.compile(rf"(?:(?P<owner>.*)\.)?(?P<kind>{'|'.join(KINDS)})_(?P<ordinal>\d{{1,9}})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
