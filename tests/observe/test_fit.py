@@ -60,7 +60,7 @@ def test_clipping_pays_what_the_table_says(name, bits):
     found = [decibel(x, simulate(x, s, weight_qparams(x, s, observer))) for observer in ("minmax", "mse")]
     wide, tight = CLIPPING[name][bits]
     assert found[0] == pytest.approx(wide, abs=0.7)
-    assert found[1] == pytest.approx(tight, abs=0.7)
+    assert tight - 0.3 < found[1] < tight + 0.5  # the table shrinks both ends alike; the search does not have to
 
 
 # Best asymmetric range of GELU(N(0, 1)) (algorithms.md 16): all of the negative lobe, and a part of the positive side.
@@ -71,7 +71,6 @@ GELU = {2: 11.43, 3: 14.71, 4: 20.82, 6: 31.72, 8: 42.53}
 def test_each_end_of_an_asymmetric_range_is_clipped_on_its_own(bits):
     x, s = F.gelu(torch.randn(1, 300_000)), spec(f"uint{bits}/channel/asym")
     found = weight_qparams(x, s)
-    # what the sample leaves open; test_no_scale_and_zero_point... measures the search itself
     assert decibel(x, simulate(x, s, found)) == pytest.approx(GELU[bits], abs=0.2)
     if bits >= 4:
         lowest = -found.zero_point * found.scale
