@@ -42,7 +42,7 @@ class ScheduleCallback(Callback):
         self.rules: StepRules | None = None
         self.best: Best | None = None
         self._loaded: dict[str, Any] = {}
-        self._done = 0
+        self._done, self._begun = 0, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that Trainer, optimizer and schedule fit, and score the start."""
@@ -68,10 +68,12 @@ class ScheduleCallback(Callback):
             self.best.consider(self._done)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set what trains in the next optimizer step."""
+        """Set what trains in the next optimizer step, once per step however many batches it has."""
         assert self.rules is not None
-        self.rules.model.train()
-        self.rules.before(trainer.global_step)
+        if trainer.global_step != self._begun:
+            self._begun = trainer.global_step
+            self.rules.model.train()
+            self.rules.before(self._begun)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip the gradients of ranges."""
