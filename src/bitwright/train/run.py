@@ -90,13 +90,14 @@ class Run:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 value = self.loss(self.model, batch)
         except NumericsError as error:  # a live range met NaN or infinity
+            any_rank(True, self.device)
             if not self.skip:
                 raise
-            any_rank(True, self.device)
             return float("nan"), str(error)
         _check_loss(value)
-        if any_rank(not bool(torch.isfinite(value)), self.device):
-            return value.item(), f"the loss is {value.item()}"
+        here = bool(torch.isfinite(value))
+        if any_rank(not here, self.device):
+            return value.item(), "the loss of another rank is not finite" if here else f"the loss is {value.item()}"
         factor = 1.0 if self.loss_scale is None else self.loss_scale.factor
         (value * factor if self.loss_scale is not None else value).backward()
         finite = not any_rank(not finite_gradients(self.model), self.device)
