@@ -116,6 +116,20 @@ class ResNet(nn.Module):
         return self.fc(self.layers(x).mean((2, 3)))
 
 
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32x32 images: a 3x3 stem of stride 1, no pooling before the blocks."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layers = ResNet(18).layers
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
 class EncoderLayer(nn.Module):
     """One post-norm transformer encoder layer with separate projections, as in BERT."""
 

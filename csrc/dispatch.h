@@ -106,6 +106,20 @@ struct Depthwise {
     float* y;
 };
 
+// A piece of a gradient that goes through a quantizer: `wide` or `narrow` (bfloat16) holds the gradient to the
+// values; dx may be the same memory as `wide`. `sums`: times rint(v) - v inside, and where clipped below and
+// above, for v = x / scale; written when `learned`, which also lets v itself decide what is clipped.
+struct Gradient {
+    const float* wide;
+    const uint16_t* narrow;
+    const float* x;
+    int64_t count;
+    Quantizer quantizer;
+    bool learned;
+    float* dx;
+    double* sums;
+};
+
 struct Kernels {
     float (*absmax)(const float* x, int64_t count);
     // Returns the sum of the bytes read as signed numbers before truncation.
@@ -115,6 +129,10 @@ struct Kernels {
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
                 float* out);
+    void (*centred_codes)(const float* x, int64_t count, const Quantizer& quantizer, float* wide, uint16_t* narrow);
+    void (*straight_through)(const Gradient& gradient);
+    void (*moments)(const float* y, int64_t rows, int64_t channels, const float* origin, double* sum,
+                    double* square);
     int64_t tile_rows;  // what the matrix kernel takes at once
     int64_t tile_blocks;
 };

@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "quantize.h"
+#include "train.h"
 
 namespace bitwright {
 
@@ -14,6 +15,7 @@ const Kernels* table() {
         absmax_run<S>,      quantize_run<S>,
         quantize_planes<S>, {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
         depthwise_row<S>,   add_run<S>,
+        centred_codes<S>,   straight_through<S>, moments_run<S>,
         S::kTileRows,       S::kTileBlocks,
     };
     return &kernels;

@@ -99,6 +99,24 @@ void add_call(int isa, uintptr_t a, uintptr_t b, int64_t count, uintptr_t scale_
     add(isa, left, right, count, at<float>(out), threads);
 }
 
+void straight_through_call(int isa, uintptr_t wide, uintptr_t narrow, uintptr_t x, int64_t rows, int64_t columns,
+                           uintptr_t scale, int64_t scale_stride, uintptr_t zero, int64_t qmin, int64_t qmax,
+                           bool learned, uintptr_t dx, uintptr_t sums, int threads) {
+    straight_through(isa, {at<const float>(wide),
+                           at<const uint16_t>(narrow),
+                           at<const float>(x),
+                           rows,
+                           columns,
+                           at<const float>(scale),
+                           scale_stride,
+                           value_or_zero(zero),
+                           {qmin, qmax},
+                           learned,
+                           at<float>(dx),
+                           at<float>(sums),
+                           threads});
+}
+
 }  // namespace
 }  // namespace bitwright
 
@@ -124,4 +142,29 @@ NB_MODULE(_native, m) {
         Release());
     m.def("conv2d", &conv2d_call, Release());
     m.def("add", &add_call, Release());
+    m.def(
+        "centred_codes",
+        [](int isa, uintptr_t x, int64_t count, uintptr_t scale, uintptr_t zero, int64_t qmin, int64_t qmax,
+           uintptr_t wide, uintptr_t narrow, int threads) {
+            centred_codes(isa, {at<const float>(x), one_value(scale), value_or_zero(zero), {qmin, qmax}}, count,
+                          at<float>(wide), at<uint16_t>(narrow), threads);
+        },
+        Release());
+    m.def(
+        "weight_codes",
+        [](int isa, uintptr_t w, int64_t rows, int64_t columns, uintptr_t scale, int64_t scale_stride,
+           int64_t qmin, int64_t qmax, uintptr_t codes, uintptr_t sums, int threads) {
+            weight_codes(isa, at<const float>(w), rows, columns, at<const float>(scale), scale_stride,
+                         {qmin, qmax}, at<int8_t>(codes), at<int32_t>(sums), threads);
+        },
+        Release());
+    m.def("straight_through", &straight_through_call, Release());
+    m.def(
+        "moments",
+        [](int isa, uintptr_t y, int64_t rows, int64_t channels, uintptr_t origin, uintptr_t sum,
+           uintptr_t square, int threads) {
+            moments(isa, at<const float>(y), rows, channels, at<const float>(origin), at<double>(sum),
+                    at<double>(square), threads);
+        },
+        Release());
 }

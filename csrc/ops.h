@@ -96,6 +96,34 @@ struct Addend {
     Range8 range;
 };
 
+// Centred codes of x as float32 or bfloat16, whichever pointer is not null.
+void centred_codes(int isa, const Addend& x, int64_t count, float* wide, uint16_t* narrow, int threads);
+
+// Codes of symmetric weights and the sum of each row.
+void weight_codes(int isa, const float* w, int64_t rows, int64_t columns, const float* scale, int64_t scale_stride,
+                  const Range8& range, int8_t* codes, int32_t* sums, int threads);
+
+struct StraightThrough {
+    const float* wide;  // gradient to the values [rows, columns], or
+    const uint16_t* narrow;  // the same in bfloat16
+    const float* x;
+    int64_t rows, columns;
+    const float* scale;
+    int64_t scale_stride;  // 0, or 1 for a scale per row
+    float zero;
+    Range8 range;
+    bool learned;
+    float* dx;
+    float* sums;  // [3, rows]
+    int threads;
+};
+
+void straight_through(int isa, const StraightThrough& args);
+
+// Per channel of y [rows, channels]: sums of y - origin and of its square.
+void moments(int isa, const float* y, int64_t rows, int64_t channels, const float* origin, double* sum,
+             double* square, int threads);
+
 void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, int threads);
 
 }  // namespace bitwright

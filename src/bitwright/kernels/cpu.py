@@ -35,7 +35,8 @@ def cpu_features() -> frozenset[str]:
 
 
 _FEATURES: frozenset[str] = frozenset() if native is None else frozenset(["native", *native.features()])
-_BEST_ISA = max((ISA[name] for name in _FEATURES if name in ISA), default=ISA["portable"])
+BEST_ISA = max((ISA[name] for name in _FEATURES if name in ISA), default=ISA["portable"])
+"""The widest instruction set of this machine."""
 
 
 def pack_linear(codes: Tensor, bits: int) -> Tensor:
@@ -142,7 +143,7 @@ def _conv2d(
     n, c, h, w = x.shape
     if groups < 1 or c % groups:
         raise KernelError(f"conv2d: {c} channels do not divide into {groups} groups")
-    out = _conv2d_out(x, o, kernel_size, stride, padding, dilation)
+    out = conv2d_out(x, o, kernel_size, stride, padding, dilation)
     try:
         _check_layout(weight, native.conv_layout_bytes(o, c // groups, *kernel_size, groups))
         native.conv2d(
@@ -155,9 +156,10 @@ def _conv2d(
     return out
 
 
-def _conv2d_out(
+def conv2d_out(
     x: Tensor, o: int, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
+    """An empty result of a convolution, in channels-last memory; raises `KernelError` for impossible shapes."""
     if stride[0] < 1 or stride[1] < 1:
         raise KernelError(f"conv2d: stride must be positive, got {list(stride)}")
     n, _, h, w = x.shape
@@ -171,7 +173,7 @@ def _conv2d_out(
 
 def _conv2d_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
     kernel_size, stride, padding, dilation = rest[4:8]
-    return _conv2d_out(x, weight_scale.numel(), kernel_size, stride, padding, dilation)
+    return conv2d_out(x, weight_scale.numel(), kernel_size, stride, padding, dilation)
 
 
 def _add(
@@ -197,7 +199,7 @@ def _add(
     zero_b = None if zero_b is None else _parameter(zero_b, (1,), "zero_b")
     try:
         native.add(
-            _BEST_ISA, a.data_ptr(), b.data_ptr(), a.numel(), scale_a.data_ptr(), _address(zero_a),
+            BEST_ISA, a.data_ptr(), b.data_ptr(), a.numel(), scale_a.data_ptr(), _address(zero_a),
             scale_b.data_ptr(), _address(zero_b), *range_a, *range_b, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitwright.kernels import reference
-from bitwright.kernels.reference import Codes, Geometry
+from bitwright.kernels.reference import Geometry
 from bitwright.nn.layer import QLayer
 
 
@@ -62,10 +61,7 @@ class _QConv(QLayer):
             out = self._conv_forward(values, quantize_weight.simulate(weight), bias)
         else:
             images, restore = as_images(self, pad(self, input))
-            filters: Codes = quantize_weight(weight)
-            if filters.values.dim() == 3:
-                filters = filters._replace(values=filters.values.unsqueeze(2))
-            out = restore(reference.conv2d(quantize_input(images), filters, self.on_grid(bias), geometry_of(self)))
+            out = restore(self.product(images, weight, self.on_grid(bias), geometry_of(self)))
         self.track(out)
         return out
 

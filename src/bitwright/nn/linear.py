@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitwright.kernels import reference
 from bitwright.nn.layer import QLayer
 
 
@@ -21,7 +20,7 @@ class QLinear(QLayer, nn.Linear):
                 quantize_input.observe(input)
             return F.linear(input, weight, bias)
         if quantize_input is not None and self.integer_product:
-            out = reference.linear(quantize_input(input), quantize_weight(weight), self.on_grid(bias))
+            out = self.product(input, weight, self.on_grid(bias), None)
         else:
             values = input if quantize_input is None else quantize_input.simulate(input)
             out = F.linear(values, quantize_weight.simulate(weight), bias)

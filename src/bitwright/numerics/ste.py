@@ -18,6 +18,7 @@ leave this file carry the scale's whole gradient, so whoever multiplies by the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -75,18 +76,18 @@ def simulated(
 
 
 def range_gradients(
-    sums: Sums, spec: QuantSpec, zero_point: Tensor | None, learning: Learning
+    sums: Sums, bounds: Sequence[int], zero_point: Tensor | None, learning: Learning
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of scale and offset from the sums, by the table above, multiplied by the gain."""
-    fmt = spec.format
+    """Gradients of scale and offset by the table above, times the gain; ``bounds`` are qmin and qmax."""
+    qmin, qmax = bounds
     shift = 0.0 if zero_point is None else zero_point
     if learning.rule == "lsq":
-        return (sums.inside + (fmt.qmin - shift) * sums.below + (fmt.qmax - shift) * sums.above) * learning.gain, None
+        return (sums.inside + (qmin - shift) * sums.below + (qmax - shift) * sums.above) * learning.gain, None
     if learning.rule == "lsq+":
-        scale = (sums.inside + fmt.qmin * sums.below + fmt.qmax * sums.above) * learning.gain
+        scale = (sums.inside + qmin * sums.below + qmax * sums.above) * learning.gain
         return scale, (sums.below + sums.above) * learning.gain
     if learning.rule == "pact":
-        return (fmt.qmax - shift) * sums.above * learning.gain, None
+        return (qmax - shift) * sums.above * learning.gain, None
     return None, None
 
 
@@ -135,7 +136,11 @@ class _Codes(torch.autograd.Function):
         step = align(qparams, spec, x)[0]
         grad = spec.granularity.blocks(grads[0]) if spec.granularity.kind == "group" else grads[0]
         dx, sums = values_backward((grad / step).view(x.shape), x, spec, qparams, ctx.learning)
-        none = (None, None) if sums is None else range_gradients(sums, spec, zero_point, ctx.learning)
+        none = (
+            (None, None)
+            if sums is None
+            else range_gradients(sums, (spec.format.qmin, spec.format.qmax), zero_point, ctx.learning)
+        )
         wanted = [grad if needed else None for grad, needed in zip(none, ctx.needs_input_grad[1:3], strict=True)]
         return (dx, *wanted, None, None, None)
 
