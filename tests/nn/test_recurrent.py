@@ -104,10 +104,11 @@ def test_parameters_and_keys_stay() -> None:
     assert {site for site in sites if isinstance(getattr(quantized, f"{site}_quantizer"), Quantizer)} == set(sites)
 
 
+@pytest.mark.parametrize("start", [0.01, 2.0])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_calibration_sees_every_hidden_state_that_is_multiplied(kind: str) -> None:
+def test_calibration_sees_every_hidden_state_that_is_multiplied(kind: str, start: float) -> None:
     layer = CLASSES[kind](5, 7, bidirectional=True)
-    packed, h = ragged(), 2 * torch.randn(2, 4, 7)
+    packed, h = ragged(), start * torch.randn(2, 4, 7)
     state = (h, torch.randn(2, 4, 7)) if kind == "LSTM" else h
     quantized = simulated(layer, "int8/channel", "int8", (packed, state))
     out, last = layer(packed, state)
