@@ -216,4 +216,6 @@ def test_a_fixed_range_is_taken_whatever_the_data():
     params = fed("fixed:0,1", torch.rand(10) * 0.3).qparams(UINT8)
     assert params.scale.item() * 255 == pytest.approx(1.0)
     assert params.zero_point.item() == 0
-    assert fed("fixed:-1,1", torch.tensor([1.001])).qparams(QuantSpec.parse("int8")).scale.item() * 127 == pytest.approx(1.0)
+    assert fed("fixed:-1,1", torch.tensor([1.001])).qparams(
+        QuantSpec.parse("int8")
+    ).scale.item() * 127 == pytest.approx(1.0)
