@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_leaves
 
+from bitwright.errors import PlanError
 from bitwright.flow.checkpoint import load, save
 from bitwright.flow.convert import convert
 from bitwright.flow.coverage import coverage
@@ -231,3 +232,12 @@ def test_a_weight_that_the_model_reads_itself_keeps_the_layer_in_float() -> None
     plan = Plan.preset("w8a8", Tied(), torch.randn(6, 4, 8))
     assert plan.sites[Site("lstm", "weight_hh_l0")] is None
     assert "behind the module's back" in plan.why[Site("lstm", "weight_hh_l0")]
+
+
+def test_a_target_without_a_form_for_recurrent_layers_keeps_them_in_float() -> None:
+    net, ids = Tagger(), torch.randint(0, 20, (4, 7))
+    plan = Plan.preset("w8a8", net, ids, target="onnxruntime", sites={"head.weight": "int8/channel"})
+    assert plan.sites[Site("lstm", "weight_hh_l0")] is None
+    assert plan.why[Site("gru", "hidden_l0")] == "target onnxruntime has no form for recurrent layers"
+    with pytest.raises(PlanError, match=r"gru: target onnxruntime has no form for recurrent layers; set the sites of"):
+        Plan.preset("w8a8", net, ids, target="onnxruntime", sites={"gru.weight_hh_l0": "int8/channel"})

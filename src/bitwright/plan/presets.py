@@ -124,12 +124,14 @@ def propose(name: str, model: nn.Module, example: Any, target: Target, rules: Ma
 
 def _without_kernel(model: nn.Module, target: Target) -> dict[str, str]:
     """``{path: reason}`` for weighted layers whose operator the target does not have at all."""
-    return {
+    kept = {
         path: f"target {target.name} has no {product.op} kernel"
         for path, module in model.named_modules()
         for product in products_of(module)
         if product.weight is not None and not target.has(product.op)
     }
+    refused = {path: op for path, module in model.named_modules() if (op := operator_of(module)) in target.refuses}
+    return kept | {path: f"target {target.name} has no form for {op} layers" for path, op in refused.items()}
 
 
 def _kept_in_float(flow: Dataflow, model: nn.Module) -> dict[str, str]:

@@ -37,12 +37,16 @@ class Support:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A deployment place: its supported pairs, and whether it wants residual adds quantized."""
+    """A deployment place: its supported pairs, and whether it wants residual adds quantized.
+
+    ``refuses`` names kinds of modules (see `plan.site.OPERATORS`) that it has no form for, whatever their products.
+    """
 
     name: str
     description: str
     supports: tuple[Support, ...]
     quantizes_adds: bool
+    refuses: tuple[str, ...] = ()
 
     def covers(self, op: str, weight: QuantSpec | None, input: QuantSpec | None) -> bool:
         """Whether some row runs this operator with these specs.
@@ -78,7 +82,7 @@ def get_target(name: str) -> Target:
         raise PlanError(f"unknown target {name!r}; known targets: {', '.join(target_names())}")
     data = tomllib.loads((_folder() / f"{name}.toml").read_text())
     rows = tuple(Support(row["op"], tuple(row["weight"]), tuple(row["input"])) for row in data["supports"])
-    return Target(data["name"], data["description"], rows, data["quantizes_adds"])
+    return Target(data["name"], data["description"], rows, data["quantizes_adds"], tuple(data.get("refuses", ())))
 
 
 def _folder() -> Traversable:

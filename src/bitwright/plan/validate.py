@@ -128,6 +128,9 @@ def _check_layer(plan: Decisions, model: nn.Module, path: str) -> None:
         if slot not in known:
             what = operator_of(module) if module else call[1] if call else ""
             raise PlanError(f"{path}.{slot}: {what} layers have the sites {', '.join(known)}; remove this line")
+    if quantized and module is not None and operator_of(module) in get_target(plan.target).refuses:
+        kind = f"{operator_of(module)} layers"
+        raise PlanError(f"{path}: target {plan.target} has no form for {kind}; set the sites of {path} to 'float'")
     for product in products:
         _check_product(plan, path, product, module)
 
