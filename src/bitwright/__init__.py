@@ -15,7 +15,7 @@ from bitwright.flow.coverage import coverage
 from bitwright.flow.evaluate import compare, evaluate, item_scores, paired_drop
 from bitwright.flow.prepare import prepare
 from bitwright.graph.dataflow import record
-from bitwright.graph.calls import Add
+from bitwright.graph.calls import Add, Attention, Cat, MatMul
 from bitwright.nn.swap import register_module
 from bitwright.numerics.qtensor import QTensor, dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
@@ -28,7 +28,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Add",
+    "Attention",
     "BitwrightError",
+    "Cat",
+    "MatMul",
     "Measurement",
     "Plan",
     "QTensor",

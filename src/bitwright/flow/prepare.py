@@ -114,9 +114,9 @@ def _name_calls(model: nn.Module, plan: Plan, *, rehearse: bool = False) -> None
         if rehearse:
             module = copy.copy(module)
             module._modules = dict(module._modules)
-        for kind, ordinals in kinds.items():
+        for kind in sorted(kinds, key=lambda kind: kind == "attention"):
             try:
-                _name(module, kind, sorted(ordinals))
+                _name(module, kind, sorted(kinds[kind]))
             except Exception as cause:
                 raise PlanError(f"{owner or type(model).__name__}: cannot name its {kind}s: {cause}") from cause
 

@@ -28,6 +28,7 @@ from bitwright.nn.conv import geometry_of, prepad_of
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.embedding import bags_of
 from bitwright.nn.layer import QLayer, Simulated
+from bitwright.nn.library import QInOutLinear
 from bitwright.nn.multihead import QMultiheadAttention, bias_of, rows_of, weight_slot
 from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.recurrent import QRecurrent
@@ -194,6 +195,7 @@ def part_of(
 
 SHIPPED: dict[type[nn.Module], Callable[[Any, Features, Shared], nn.Module]] = {
     nn.Linear: _linear,
+    QInOutLinear: _linear,
     nn.Embedding: _embedding,
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,

@@ -138,7 +138,15 @@ def concatenations(flow: Dataflow, model: nn.Module) -> list[Node]:
 
 
 def _computed(flow: Dataflow, indices: set[int], model: nn.Module) -> bool:
-    return any(isinstance(_module(flow.nodes[i], model), COMPUTING) for i in indices)
+    return any(_computes(_module(flow.nodes[i], model)) for i in indices)
+
+
+def _computes(module: nn.Module | None) -> bool:
+    """Whether a leaf multiplies by a matrix of its own; layers of model libraries do too."""
+    if isinstance(module, COMPUTING) or module is None:
+        return module is not None
+    matrices = (p for p in module.parameters(recurse=False) if p.dim() > 1)
+    return not isinstance(module, nn.Embedding | nn.EmbeddingBag) and next(matrices, None) is not None
 
 
 def feeds_layernorm(flow: Dataflow, node: Node, model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from bitwright.errors import ModelError
 from bitwright.graph.calls import KINDS
 from bitwright.graph.dataflow import evaluating
+from bitwright.graph.routing import route_attention, why_not_routable
 
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
 _NEW_MEMORY = frozenset("add sub mul truediv div matmul cat relu gelu silu sigmoid mean sum pad interpolate".split())
@@ -77,10 +78,13 @@ def _trace(module: nn.Module) -> fx.Graph:
 
 def why_not_nameable(module: nn.Module, kind: str, count: int) -> str:
     """Empty if the ``count`` calls of one kind in ``module.forward`` can be named, else the reason in a few words."""
+    if kind == "attention":
+        return why_not_routable(module, count)
     try:
         graph = _trace(module)
     except Exception as cause:
-        return f"{type(module).__name__}.forward cannot be traced ({type(cause).__name__}: {cause})"
+        first, _, _ = str(cause).partition(". ")
+        return f"{type(module).__name__}.forward cannot be traced ({type(cause).__name__}: {first})"
     calls = [node for node in graph.nodes if _is_call(node, kind)]
     if len(calls) != count:
         return f"{type(module).__name__}.forward shows {len(calls)} {kind}s when traced and {count} when run"
@@ -126,8 +130,11 @@ def _makes_new_memory(module: nn.Module, node: fx.Node) -> bool:
 def name_calls(module: nn.Module, kind: str, ordinals: Iterable[int]) -> None:
     """Turn calls of one kind in ``module.forward`` into children: ``add_0``, ``add_1``, ... in place, by ordinal.
 
-    Raises `ModelError` when the forward cannot be traced, has no such call, or it cannot be taken out of its place.
+    Attentions are routed, see `graph.routing`; name them last. Raises `ModelError` when the forward cannot be traced,
+    has no such call, or it cannot be taken out of its place.
     """
+    if kind == "attention":
+        return route_attention(module, ordinals)
     graph = _trace(module)
     calls = [node for node in graph.nodes if _is_call(node, kind)]
     for ordinal in ordinals:

@@ -6,6 +6,8 @@ Adding a layer: write ``class QThing(QLayer, Thing)`` with a forward, add a row 
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -16,11 +18,12 @@ from bitwright.nn.conv import QConv1d, QConv2d
 from bitwright.nn.conv3d import QConv3d
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.embedding import QEmbedding, QEmbeddingBag
+from bitwright.nn.library import QInOutLinear
 from bitwright.nn.linear import QLinear
 from bitwright.nn.multihead import QMultiheadAttention
 from bitwright.nn.recurrent import QGRU, QLSTM
 from bitwright.nn.transposed import QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
-from bitwright.plan.site import OPERATORS, unknown_subclass
+from bitwright.plan.site import OPERATORS, operator_of, unknown_subclass
 
 
 class QOutProjection(QLinear, NonDynamicallyQuantizableLinear):
@@ -48,6 +51,15 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+LIBRARY_SWAPS: dict[str | None, type[nn.Module]] = {"in_out_linear": QInOutLinear}
+"""Mixins for classes of model libraries, by operator."""
+
+
+@cache
+def _joined(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Q{cls.__name__}", (mixin, cls), {})
+
+
 def register_module(cls: type[nn.Module]) -> type[nn.Module]:
     """Declare that a subclass of a known layer computes the same function as its base, so it may be quantized.
 
@@ -71,6 +83,8 @@ def register_module(cls: type[nn.Module]) -> type[nn.Module]:
 
 def swapped(module: nn.Module) -> type[nn.Module]:
     """The simulated class for a module; raises `ModelError` for classes without one."""
+    if (op := operator_of(module)) in LIBRARY_SWAPS:
+        return _joined(LIBRARY_SWAPS[op], type(module))
     if type(module) not in SWAPS:
         known = unknown_subclass(module)
         detail = f"an unknown subclass of nn.{known.__name__}" if known else "which has no quantized form"

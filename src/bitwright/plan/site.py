@@ -41,6 +41,9 @@ OPERATORS: dict[type[nn.Module], str] = {
     Attention: "attention",
 }
 
+# Classes of model libraries, by name: a library that is not installed is not needed.
+LIBRARY: dict[str, str] = {"transformers.pytorch_utils.Conv1D": "in_out_linear"}
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -70,6 +73,7 @@ def _multihead(module: nn.MultiheadAttention) -> tuple[Product, ...]:
 
 PRODUCTS: dict[str, Callable[[Any], tuple[Product, ...]]] = {
     "linear": lambda module: (Product("linear", "weight", ("input",)),),
+    "in_out_linear": lambda module: (Product("linear", "weight", ("input",)),),
     "conv": lambda module: (Product("conv", "weight", ("input",)),),
     "conv3d": lambda module: (Product("conv3d", "weight", ("input",)),),
     "conv_transpose": lambda module: (Product("conv_transpose", "weight", ("input",)),),
@@ -144,7 +148,8 @@ def operator_of(module: nn.Module) -> str | None:
     >>> operator_of(nn.Linear(2, 2)), operator_of(nn.ReLU())
     ('linear', None)
     """
-    return OPERATORS.get(type(module))
+    cls = type(module)
+    return OPERATORS.get(cls) or LIBRARY.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def products_of(module: nn.Module) -> tuple[Product, ...]:
@@ -174,6 +179,8 @@ def rows_shape(module: nn.Module, slot: str) -> tuple[int, ...]:
     (8, 3, 3, 3)
     """
     shape = tuple(module.get_parameter(slot).shape)
+    if operator_of(module) == "in_out_linear":
+        return shape[::-1]
     if operator_of(module) != "conv_transpose":
         return shape
     groups: Any = module.groups
