@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bitwright.errors import PlanError
 from bitwright.flow.convert import convert
-from bitwright.kernels import reference
+from bitwright.kernels import passes, reference
 from bitwright.lowbit.layer import LowbitLayer
-from bitwright.numerics import affine
+from bitwright.numerics import affine, ste
 from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.packing import pack, unpack
 from bitwright.numerics.qtensor import dequantize
@@ -50,17 +50,23 @@ def runs(op: str, weight: str, input: str | None) -> bool:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every result of `encode` while simulating, in order; the conversion calls its own."""
+    """Every result of `encode` and of its native form while simulating, in order; the conversion calls its own."""
     seen: list[Tensor] = []
-    encode = affine.encode
+    encode, weight_codes = affine.encode, passes._weight_codes
 
     def watched(*args: object) -> Tensor:
         codes = encode(*args)  # type: ignore[arg-type]
         seen.append(codes.detach().clone())
         return codes
 
-    monkeypatch.setattr(affine, "encode", watched)
-    monkeypatch.setattr(reference, "encode", watched)
+    def watched_natively(*args: object) -> tuple[Tensor, Tensor]:
+        codes, sums = weight_codes(*args)  # type: ignore[arg-type]
+        seen.append(codes.float())
+        return codes, sums
+
+    for module in (affine, reference, ste):
+        monkeypatch.setattr(module, "encode", watched)
+    monkeypatch.setattr(passes, "_weight_codes", watched_natively)
     return seen
 
 
