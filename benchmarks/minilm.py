@@ -140,7 +140,10 @@ def run(steps: int, pairs: int, test_pairs: int | None, size: int = 32) -> dict[
     train, validation = train[: min(pairs, len(train) - VALIDATION)], train[-VALIDATION:]
     sentences = [sentence for one, two, _ in train for sentence in (one, two)]
     calibration = tokenized(sorted(sentences[:CALIBRATION], key=len), 32)
-    kept_apart, test = Task(float_model, validation[: test_pairs or VALIDATION]), Task(float_model, pairs_of("dev")[:test_pairs])
+    kept_apart, test = (
+        Task(float_model, validation[: test_pairs or VALIDATION]),
+        Task(float_model, pairs_of("dev")[:test_pairs]),
+    )
     results: dict[str, object] = {"test pairs": len(test.scores), "float": test.measure(float_model)}
     print("float", results["float"])
     for preset in ("w8a8", "w4a8"):

@@ -130,7 +130,11 @@ def test_a_query_that_may_look_nowhere_gets_zeros_and_finite_gradients() -> None
 
 def test_probabilities_have_the_range_that_is_known() -> None:
     net, x = SelfAttention(), torch.randn(4, 6, 12)
-    for spec, scale, zero_point in (("uint8", 1 / 255, None), ("uint4/asym", 1 / 15, 0.0), ("int8/asym", 1 / 255, -128)):
+    for spec, scale, zero_point in (
+        ("uint8", 1 / 255, None),
+        ("uint4/asym", 1 / 15, 0.0),
+        ("int8/asym", 1 / 255, -128),
+    ):
         plan = Plan.preset("w8a8", net, x, sites={**ON, "*.probs": spec})
         assert plan.range_rule(next(site for site in plan.sites if site.slot == "probs")) == "fixed"
         probs = trained(calibrated(net, plan, [x]), [x]).attn.attention_0.probs_quantizer
@@ -190,7 +194,9 @@ STACKS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensor")
-@pytest.mark.parametrize("rules", [{}, ON, {"*self_attn.in_proj_weight": "float", "*self_attn.[qkv]*": "float"}], ids=str)
+@pytest.mark.parametrize(
+    "rules", [{}, ON, {"*self_attn.in_proj_weight": "float", "*self_attn.[qkv]*": "float"}], ids=str
+)
 @pytest.mark.parametrize("name", STACKS)
 def test_nothing_bypasses_the_quantizers_of_an_encoder(name: str, rules: dict[str, str]) -> None:
     net, x = STACKS[name](), torch.randn(3, 5, 12)

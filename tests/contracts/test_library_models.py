@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitwright.flow.calibrate import calibrate
 from bitwright.flow.convert import convert
+from bitwright.flow.prepare import prepare
 from bitwright.nn.attention import QAttention
 from bitwright.plan.plan import Plan
 from nets import calibrated, one_thread, trained, unequal_kernels  # noqa: F401
@@ -70,7 +72,9 @@ def test_padding_masks_reach_the_routed_attention() -> None:
 def test_both_forms_generate_the_same_tokens_with_a_cache() -> None:
     net = llama().eval()
     simulated = calibrated(net, Plan.preset("w8a8", net, {"input_ids": IDS}, sites=ON), [{"input_ids": IDS}])
-    tokens = [m.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (simulated, convert(simulated))]
+    tokens = [
+        m.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (simulated, convert(simulated))
+    ]
     assert torch.equal(*tokens)
 
 
@@ -99,3 +103,41 @@ def test_weights_stored_the_other_way_round_equal_shipped(preset: str) -> None:
         assert torch.allclose(shipped(IDS), simulated(IDS), atol=1e-5)
     packed = shipped.get_submodule("model.transformer.h.0.attn.c_attn").weight
     assert packed.shape == (48, 16)
+
+
+def mixtral() -> nn.Module:
+    sizes = {**SIZES, "num_local_experts": 6, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    )
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w8a8-dynamic"])
+def test_trained_experts_equal_shipped(preset: str) -> None:
+    net = Outputs(mixtral()).eval()
+    plan = Plan.preset(preset, net, IDS, sites={"model.lm_head.*": "float"})
+    experts = "model.model.layers.0.mlp.experts"
+    assert plan.explain(f"{experts}.gate_up_proj").startswith(f"{experts}.gate_up_proj: int")
+    assert not any("mlp.gate" in str(site) for site, spec in plan.sites.items() if spec is not None)
+    simulated = calibrated(net, plan, [IDS])
+    assert simulated.get_submodule(experts).gate_up_proj_quantizer.scale.shape == (6 * 64, 1)
+    with torch.no_grad():
+        wanted = net(IDS)
+        assert (simulated(IDS) - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert unequal_kernels(trained(simulated, [IDS], steps=4), [IDS]) == []
+
+
+def test_experts_with_float_inputs_stay_within_their_bound() -> None:
+    net = Outputs(mixtral()).eval()
+    simulated = calibrated(net, Plan.preset("w4a16", net, IDS, sites={"model.lm_head.*": "float"}), [IDS])
+    with torch.no_grad():
+        assert torch.allclose(convert(simulated)(IDS), simulated(IDS), atol=1e-5)
+
+
+def test_experts_that_no_token_reached_are_reported() -> None:
+    net = Outputs(mixtral()).eval()
+    prepared = prepare(net, Plan.preset("w8a8", net, IDS))
+    found = calibrate(prepared, [IDS[:1, :1]])  # one token, two experts per layer
+    assert len(found) == 8
+    assert all(name.startswith("model.model.layers.") and ".experts: expert " in name for name in found)
+    assert prepared(IDS).isfinite().all()

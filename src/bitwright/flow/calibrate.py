@@ -33,7 +33,8 @@ def calibrate(
 
     A batch is what the model takes (a tensor, a tuple of positional or a dict of keyword arguments); for other data
     pass ``forward``, e.g. ``lambda model, batch: model(batch[0])``. Plans without static activations need no batches.
-    Runs in eval mode without gradients. Returns the paths of quantized modules that no batch reached: with
+    Runs in eval mode without gradients. Returns the paths of quantized modules that no batch reached (and experts of a
+    mixture that no token reached, which use the ranges of the others): with
     ``unseen="dynamic"`` their activations take their range from each live tensor from now on, in model and plan; with
     ``"raise"`` they are an error. Raises `CalibrationError` for no batches, values that are not finite, batches that do
     not fit, and modules that never ran; the model then still computes in float.
@@ -69,7 +70,7 @@ def calibrate(
     except BaseException:
         _set_stage(quantizers, Stage.FLOAT)
         raise
-    return missed
+    return missed + [f"{path}: {part}" for path, layer in layers.items() for part in layer.unreached()]
 
 
 def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:

@@ -19,6 +19,7 @@ from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.conv3d import LowbitConv3d
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding, LowbitEmbeddingBag
+from bitwright.lowbit.experts import LowbitExperts
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.lowbit.multihead import LowbitMultiheadAttention
 from bitwright.lowbit.recurrent import LowbitGRU, LowbitLSTM
@@ -27,6 +28,7 @@ from bitwright.nn.attention import QAttention, QMatMul
 from bitwright.nn.conv import geometry_of, prepad_of
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.embedding import bags_of
+from bitwright.nn.experts import PAIRS, QExperts
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.library import QInOutLinear
 from bitwright.nn.multihead import QMultiheadAttention, bias_of, rows_of, weight_slot
@@ -151,6 +153,20 @@ def _multihead(module: QMultiheadAttention, features: Features, packed: Shared) 
     return LowbitMultiheadAttention(module, parts)
 
 
+def _experts(module: Any, features: Features, packed: Shared) -> nn.Module:
+    parts: dict[str, list[nn.Module]] = {slot: [] for slot, _ in PAIRS}
+    for slot, input in PAIRS:
+        weight, quantizer = module.get_parameter(slot).detach(), module.quantizer(slot)
+        whole = None if quantizer is None else pack_weight(module.as_rows(weight), quantizer)
+        for expert, matrix in enumerate(weight):
+            if whole is None:
+                parts[slot].append(_float_linear(matrix, None))
+            else:
+                rows = take_rows(whole, slice(expert * len(matrix), (expert + 1) * len(matrix)))
+                parts[slot].append(LowbitLinear(rows, None, activation(module.quantizer(input)), features))
+    return LowbitExperts(*parts.values(), module.act_fn)
+
+
 def take_rows(weight: QTensor, rows: slice) -> QTensor:
     """Some rows of a packed matrix, with their scales, zero points and tables."""
     count = weight.shape[0]
@@ -209,6 +225,7 @@ SHIPPED: dict[type[nn.Module], Callable[[Any, Features, Shared], nn.Module]] = {
     QCat: _cat,
     QAttention: _attention,
     QMultiheadAttention: _multihead,
+    QExperts: _experts,
     QRecurrent: _recurrent,
 }
 """The first row whose class a simulated module is an instance of makes its shipped form."""

@@ -143,9 +143,7 @@ KINDS: dict[str, Kind] = {
         ("matmul", "bmm", "__matmul__"),
         frozenset({"matmul", "bmm"}),
     ),
-    "cat": Kind(
-        Cat, (torch.cat, torch.concat, torch.concatenate), (), frozenset({"cat", "concat", "concatenate"})
-    ),
+    "cat": Kind(Cat, (torch.cat, torch.concat, torch.concatenate), (), frozenset({"cat", "concat", "concatenate"})),
     "attention": Kind(Attention, (), (), frozenset({"scaled_dot_product_attention"})),
 }
 """The kinds by the stem of their children's names: ``add_0``, ``matmul_0``, ``cat_0``, ``attention_0``."""

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bitwright.graph.calls import KINDS, kind_of
+from bitwright.graph.experts import library_operator
 
 
 @dataclass
@@ -163,7 +164,8 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _hooks(recorder: _Recorder, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):  # its child is never called
+    opaque = isinstance(module, nn.MultiheadAttention) or library_operator(module) is not None
+    if next(module.children(), None) is None or opaque:  # what they read are their own parameters
 
         def enter_leaf(module: nn.Module, args: Any) -> None:
             recorder.leaf_depth += 1

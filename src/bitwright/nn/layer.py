@@ -52,6 +52,10 @@ class Simulated(nn.Module):
         """The inverse of `as_rows`."""
         return rows
 
+    def unreached(self) -> list[str]:
+        """Parts of the module that nothing reached while ranges were observed."""
+        return []
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """The float parameters that this module trains."""
         return self.parameters(recurse=False)

@@ -18,6 +18,7 @@ from bitwright.nn.conv import QConv1d, QConv2d
 from bitwright.nn.conv3d import QConv3d
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.embedding import QEmbedding, QEmbeddingBag
+from bitwright.nn.experts import QExperts
 from bitwright.nn.library import QInOutLinear
 from bitwright.nn.linear import QLinear
 from bitwright.nn.multihead import QMultiheadAttention
@@ -51,7 +52,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-LIBRARY_SWAPS: dict[str | None, type[nn.Module]] = {"in_out_linear": QInOutLinear}
+LIBRARY_SWAPS: dict[str | None, type[nn.Module]] = {"in_out_linear": QInOutLinear, "experts": QExperts}
 """Mixins for classes of model libraries, by operator."""
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bitwright.errors import ModelError, PlanError
 from bitwright.graph.calls import KINDS, Add, Attention, Cat, MatMul
+from bitwright.graph.experts import library_operator
 from bitwright.kernels.recurrent import recurrence_of
 
 # Which operator a module class is; classes match exactly, see `operator_of`.
@@ -40,9 +41,6 @@ OPERATORS: dict[type[nn.Module], str] = {
     Cat: "cat",
     Attention: "attention",
 }
-
-# Classes of model libraries, by name: a library that is not installed is not needed.
-LIBRARY: dict[str, str] = {"transformers.pytorch_utils.Conv1D": "in_out_linear"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,10 @@ PRODUCTS: dict[str, Callable[[Any], tuple[Product, ...]]] = {
     "embedding": lambda module: (Product("embedding", "weight", ()),),
     "recurrent": _recurrent,
     "multihead": _multihead,
+    "experts": lambda module: (
+        Product("linear", "gate_up_proj", ("input",)),
+        Product("linear", "down_proj", ("hidden",)),
+    ),
     "add": lambda module: (Product("add", None, ADD_SLOTS),),
     "matmul": lambda module: (Product("matmul", None, ADD_SLOTS),),
     "cat": lambda module: (Product("cat", None, ("input",)),),
@@ -148,8 +150,7 @@ def operator_of(module: nn.Module) -> str | None:
     >>> operator_of(nn.Linear(2, 2)), operator_of(nn.ReLU())
     ('linear', None)
     """
-    cls = type(module)
-    return OPERATORS.get(cls) or LIBRARY.get(f"{cls.__module__}.{cls.__qualname__}")
+    return OPERATORS.get(type(module)) or library_operator(module)
 
 
 def products_of(module: nn.Module) -> tuple[Product, ...]:
@@ -181,6 +182,8 @@ def rows_shape(module: nn.Module, slot: str) -> tuple[int, ...]:
     shape = tuple(module.get_parameter(slot).shape)
     if operator_of(module) == "in_out_linear":
         return shape[::-1]
+    if operator_of(module) == "experts":
+        return (shape[0] * shape[1], shape[2])
     if operator_of(module) != "conv_transpose":
         return shape
     groups: Any = module.groups
