@@ -96,14 +96,19 @@ def conv2d(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> 
 
 def conv3d(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Integer 3-d convolution ``[n, c, d, h, w] -> [n, o, d', h', w']`` in float32; padding is the code of 0.0."""
-    g = geometry
 
     def product(values: Tensor, filters: Tensor) -> Tensor:
-        return F.conv3d(values, filters, None, g.stride, g.padding, g.dilation, g.groups)
+        return float_conv3d(values, filters, None, geometry)
 
     limit = x.limit * weight.limit * weight.values[0].numel()
-    acc = _exact(product, x.values, weight.values, limit, axis=1 if g.groups == 1 else None)
+    acc = _exact(product, x.values, weight.values, limit, axis=1 if geometry.groups == 1 else None)
     return _scaled(acc, x, weight, bias)
+
+
+def float_conv3d(x: Tensor, filters: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """3-d convolution of float operands."""
+    g = geometry
+    return F.conv3d(x, filters, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def conv_transpose(

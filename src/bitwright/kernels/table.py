@@ -180,32 +180,18 @@ def _decoding_conv(
     return F.conv2d(decoded_input(x, input), filters, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
-def _integer_conv3d(
-    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, geometry: Geometry
-) -> Tensor:
-    return reference.conv3d(codes_of(x, *input), _integer_weight(packed, weight), bias, geometry)
-
-
-def _decoding_conv3d(
-    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None, g: Geometry
-) -> Tensor:
-    filters = _decoded_weight(packed, weight)
-    return F.conv3d(decoded_input(x, input), filters, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-def _integer_conv_transpose(
-    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, g: Geometry,
-    output_padding: tuple[int, ...],
+def _integer_volume(
+    product: Callable[..., Tensor], x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None,
+    input: Activation, *geometry: object,
 ) -> Tensor:  # fmt: skip
-    return reference.conv_transpose(codes_of(x, *input), _integer_weight(packed, weight), bias, g, output_padding)
+    return product(codes_of(x, *input), _integer_weight(packed, weight), bias, *geometry)
 
 
-def _decoding_conv_transpose(
-    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None, g: Geometry,
-    output_padding: tuple[int, ...],
+def _decoding_volume(
+    product: Callable[..., Tensor], x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None,
+    input: Activation | None, *geometry: object,
 ) -> Tensor:  # fmt: skip
-    rows = _decoded_weight(packed, weight)
-    return reference.float_conv_transpose(decoded_input(x, input), rows, bias, g, output_padding)
+    return product(decoded_input(x, input), _decoded_weight(packed, weight), bias, *geometry)
 
 
 def _as_2d(filters: Tensor) -> Tensor:
@@ -251,32 +237,23 @@ def _native_rows(isa: str) -> list[Kernel]:
 
 _NONE: frozenset[str] = frozenset()
 
+
+def _volume_rows(op: str, integer: Callable[..., Tensor], decoding: Callable[..., Tensor]) -> list[Kernel]:
+    code = "one byte per code"
+    return [
+        Kernel(f"{op}/reference", op, _NONE, code, _integers_only, _pack_codes, partial(_integer_volume, integer)),
+        Kernel(f"{op}/decode", op, _NONE, code, _anything, _pack_codes, partial(_decoding_volume, decoding)),
+    ]
+
+
 KERNELS: tuple[Kernel, ...] = (
     *(row for isa in ("avx512_vnni", "avx2", "portable") for row in _native_rows(isa)),
     Kernel("linear/reference", "linear", _NONE, "one byte per code", _integers_only, _pack_codes, _integer_linear),
     Kernel("conv/reference", "conv", _NONE, "one byte per code", _integers_only, _pack_codes, _integer_conv),
-    Kernel("conv3d/reference", "conv3d", _NONE, "one byte per code", _integers_only, _pack_codes, _integer_conv3d),
-    Kernel(
-        "conv_transpose/reference",
-        "conv_transpose",
-        _NONE,
-        "one byte per code",
-        _integers_only,
-        _pack_codes,
-        _integer_conv_transpose,
-    ),
+    *_volume_rows("conv3d", reference.conv3d, reference.float_conv3d),
+    *_volume_rows("conv_transpose", reference.conv_transpose, reference.float_conv_transpose),
     Kernel("linear/decode", "linear", _NONE, "one byte per code", _anything, _pack_codes, _decoding_linear),
     Kernel("conv/decode", "conv", _NONE, "one byte per code", _anything, _pack_codes, _decoding_conv),
-    Kernel("conv3d/decode", "conv3d", _NONE, "one byte per code", _anything, _pack_codes, _decoding_conv3d),
-    Kernel(
-        "conv_transpose/decode",
-        "conv_transpose",
-        _NONE,
-        "one byte per code",
-        _anything,
-        _pack_codes,
-        _decoding_conv_transpose,
-    ),
     Kernel("embedding/gather", "embedding", _NONE, "one byte per code", _anything, _pack_codes, _gather),
     Kernel("add/native", "add", frozenset({"native"}), "", _anything, _pack_codes, _native_add),
     Kernel("add/reference", "add", _NONE, "", _anything, _pack_codes, _reference_add),
