@@ -37,7 +37,8 @@ class Sentences(nn.Module):
         super().__init__()
         from transformers import BertModel
 
-        self.bert = BertModel.from_pretrained(folder(), add_pooling_layer=False)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the teacher has none
+        self.bert = BertModel.from_pretrained(folder(), add_pooling_layer=False, **no_dropout)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

@@ -168,7 +168,7 @@ def test_sums_of_many_values_stay_exact() -> None:
 
 
 def calls(model: nn.Module) -> set[str]:
-    """Collects the paths of simulated modules that run; not by hooks, for torch leaves its fused path where it sees one."""
+    """Collects the paths of simulated modules that run; not by hooks: torch leaves its fused path where it sees one."""
     ran: set[str] = set()
 
     def noting(path: str, forward: Any) -> Any:

@@ -164,7 +164,7 @@ def _experts(module: Any, features: Features, packed: Shared) -> nn.Module:
             else:
                 rows = take_rows(whole, slice(expert * len(matrix), (expert + 1) * len(matrix)))
                 parts[slot].append(LowbitLinear(rows, None, activation(module.quantizer(input)), features))
-    return LowbitExperts(*parts.values(), module.act_fn)
+    return LowbitExperts(parts["gate_up_proj"], parts["down_proj"], module.act_fn)
 
 
 def take_rows(weight: QTensor, rows: slice) -> QTensor:
@@ -183,7 +183,7 @@ def take_rows(weight: QTensor, rows: slice) -> QTensor:
 def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.clone())
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     return linear
 
 

@@ -74,7 +74,7 @@ class _Recorder(TorchFunctionMode):
     def add(self, kind: Literal["input", "module", "function"], name: str, args: Any, out: Any) -> Node:
         node = Node(len(self.nodes), kind, name, owner=self.owners[-1][0] if self.owners else "")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        node.sources = tuple(self.producer.get(t, -1) for t in tensors)
+        node.sources = tuple(self.producer[t] if t in self.producer else -1 for t in tensors)
         node.inputs = tuple(source for source in node.sources if source >= 0)
         node.shapes = tuple(tuple(t.shape) for t in tensors if t in self.producer)
         for source in set(node.inputs):

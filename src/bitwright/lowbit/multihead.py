@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from bitwright.graph.multihead import SIDES, Multihead, Side
+from bitwright.graph.multihead import CHILD, SIDES, Multihead, Side
 
 
 class LowbitMultiheadAttention(Multihead):
@@ -32,7 +32,7 @@ class LowbitMultiheadAttention(Multihead):
                 self.add_module(slot, part)
         if parts["query"][0] == "in_proj_weight":
             self.in_proj_weight = nn.ModuleList(parts[side][1] for side in SIDES)
-        self.attention_0, self.out_proj = module.attention_0, module.out_proj
+        self.attention_0, self.out_proj = module.get_submodule(CHILD), module.out_proj
 
     def project(self, side: Side, x: Tensor) -> Tensor:
         """The input projection of one side."""

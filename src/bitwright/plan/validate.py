@@ -140,7 +140,8 @@ def _check_product(plan: Decisions, path: str, product: Product, module: nn.Modu
     inputs = [plan.sites.get(Site(path, slot)) for slot in product.inputs]
     if product.weight is None and len({spec is None for spec in inputs}) > 1:
         raise PlanError(
-            f"{path}: {product.op} is quantized on {' and '.join(product.inputs)} or on neither; set them to one of both"
+            f"{path}: {product.op} is quantized on {' and '.join(product.inputs)} or on neither; "
+            "set them to one of both"
         )
     if weight is not None and product.weight is not None and module is not None:
         _check_weight(Site(path, product.weight), weight, module)
