@@ -13,7 +13,8 @@ from bitwright.kernels.cpu import cpu_features
 from bitwright.lowbit.attention import LowbitOperation
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
-from bitwright.nn.layer import FOLDED, Simulated
+from bitwright.nn.layer import Simulated
+from bitwright.nn.norm import FOLDED
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.qtensor import QTensor
 

@@ -50,20 +50,19 @@ class _QConv(QLayer):
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """``[n, c, ...] -> [n, o, ...]`` (a missing batch axis is allowed, as in `nn.Conv2d`)."""
-        weight, bias = self.folded()
+        weight, bias = self.operands()
         quantize_weight, quantize_input = self.weight_quantizer, self.input_quantizer
         if not self.simulating:
             if quantize_input is not None:
                 quantize_input.observe(input)
-            return self._conv_forward(input, weight, bias)
+            return self.normalized(self._conv_forward(input, weight, bias))
         if not self.integer_product:
             values = input if quantize_input is None else quantize_input.simulate(input)
             out = self._conv_forward(values, quantize_weight.simulate(weight), bias)
         else:
             images, restore = as_images(self, pad(self, input))
             out = restore(self.product(images, weight, self.on_grid(bias), geometry_of(self)))
-        self.track(out)
-        return out
+        return self.normalized(out)
 
 
 def as_images(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:

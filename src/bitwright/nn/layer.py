@@ -1,25 +1,20 @@
 """What all simulated layers share: their quantizers, their stage, and a batch norm folded into the forward.
 
 A simulated layer *is* the user's module with its class changed, so parameters, state-dict keys, hooks and
-``isinstance`` are kept. Where the dataflow showed a batch norm behind the layer, the layer computes both: the weight
-that is quantized is the folded one, with running statistics, so the training forward is the function that ships.
-
-The running statistics go on learning from the output of the *quantized* layer (batch norm re-estimation): with
-``y = (z - mean) * f + beta`` and ``f = gamma / sqrt(var + eps)``, the statistics of z follow from those of y. A channel
-with gamma = 0 carries no information about z, and its output does not depend on z either: its statistics stay.
+``isinstance`` are kept. Where the dataflow showed a batch norm behind the layer, the layer computes both; see
+`nn.norm` for the two forms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.kernels import reference, training
 from bitwright.kernels.reference import Geometry
-from bitwright.kernels.training import moments
+from bitwright.nn.norm import factor_of, folded_class, normalize, training_factor
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.affine import round_ste
 
@@ -72,13 +67,7 @@ def quantizer_name(slot: str) -> str:
 
 def integer_product(weight: Quantizer | None, input: Quantizer | None) -> bool:
     """Whether two operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
-    return (
-        weight is not None
-        and input is not None
-        and weight.spec.format.is_integer
-        and weight.spec.symmetric
-        and weight.spec.granularity.kind in ("tensor", "channel")
-    )
+    return weight is not None and input is not None and not reference.not_integers(weight.spec, input.spec)
 
 
 class QLayer(Simulated):
@@ -109,7 +98,7 @@ class QLayer(Simulated):
     def fold(self, norm: _BatchNorm) -> None:
         """Compute ``norm`` inside this layer; the norm becomes an identity that keeps its parameters and keys."""
         self.norm = (norm,)  # in a tuple, so that it stays registered (and named) at its own place only
-        norm.__class__ = _identity_norm(type(norm))
+        norm.__class__ = folded_class(type(norm))
 
     @property
     def simulating(self) -> bool:
@@ -127,7 +116,7 @@ class QLayer(Simulated):
         if not self.norm:
             return weight, self.bias
         norm = self.norm[0]
-        factor = _factor(norm)
+        factor = factor_of(norm)
         assert norm.running_mean is not None
         mean = norm.running_mean.double()
         start = -mean if self.bias is None else self.bias.double() - mean
@@ -165,62 +154,25 @@ class QLayer(Simulated):
         step = step_x.scale * step_w.scale.view(-1)
         return round_ste(bias / step) * step
 
-    @torch.no_grad()
-    def track(self, out: Tensor) -> None:
-        """Update the folded norm's running statistics from this layer's output, while training and not frozen."""
-        if not self.norm or not self.training or self.freeze_norm or not self.simulating:
-            return
+    @property
+    def normalizing(self) -> bool:
+        """Whether the folded norm uses the statistics of the batch: in training mode until it is frozen."""
+        return bool(self.norm) and self.training and not self.freeze_norm
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of this forward: `folded`, or while `normalizing` the folded weight alone."""
+        if not self.normalizing:
+            return self.folded()
+        weight = self.as_rows(self.weight)
+        factor = training_factor(self.norm[0]).float()
+        return weight * factor.view(-1, *[1] * (weight.dim() - 1)), None
+
+    def normalized(self, out: Tensor) -> Tensor:
+        """The layer's output, normalized by the folded norm where `operands` left that to do."""
+        if not self.normalizing:
+            return out
         if out.numel() < 2 * out.shape[1]:  # one value per channel has no variance
-            return
-        norm = self.norm[0]
-        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
-        var, mean = moments(out, beta)
-        factor = _factor(norm)
-        alive = factor.abs() > 1e-12
-        factor = torch.where(alive, factor, 1.0)
-        assert norm.running_mean is not None
-        assert norm.num_batches_tracked is not None
-        mean = norm.running_mean + (mean - beta.double()) / factor
-        norm.num_batches_tracked += 1
-        share = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, var / factor.square())):
-            assert running is not None
-            running.copy_(torch.where(alive, running + share * (batch - running), running))
-
-
-def _factor(norm: _BatchNorm) -> Tensor:
-    """``gamma / sqrt(var + eps)`` per channel in float64."""
-    assert norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight.double()
-
-
-class _IdentityNorm(_BatchNorm):
-    """A batch norm whose work is done by the layer before it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-
-class FoldedBatchNorm1d(_IdentityNorm, nn.BatchNorm1d):
-    """An `nn.BatchNorm1d` folded into the layer before it."""
-
-
-class FoldedBatchNorm2d(_IdentityNorm, nn.BatchNorm2d):
-    """An `nn.BatchNorm2d` folded into the layer before it."""
-
-
-class FoldedBatchNorm3d(_IdentityNorm, nn.BatchNorm3d):
-    """An `nn.BatchNorm3d` folded into the layer before it."""
-
-
-FOLDED = {
-    nn.BatchNorm1d: FoldedBatchNorm1d,
-    nn.BatchNorm2d: FoldedBatchNorm2d,
-    nn.BatchNorm3d: FoldedBatchNorm3d,
-}
-"""What a batch norm becomes when it is folded."""
-
-
-def _identity_norm(cls: type[_BatchNorm]) -> type[_BatchNorm]:
-    return next(folded for norm, folded in FOLDED.items() if issubclass(cls, norm))
+            bias = self.folded()[1]
+            assert bias is not None
+            return out + bias.view(1, -1, *[1] * (out.dim() - 2))
+        return normalize(self.norm[0], out, training_factor(self.norm[0]), self.bias)

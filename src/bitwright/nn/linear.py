@@ -13,16 +13,15 @@ class QLinear(QLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
-        weight, bias = self.folded()
+        weight, bias = self.operands()
         quantize_weight, quantize_input = self.weight_quantizer, self.input_quantizer
         if quantize_weight is None or not self.simulating:
             if quantize_input is not None:
                 quantize_input.observe(input)
-            return F.linear(input, weight, bias)
+            return self.normalized(F.linear(input, weight, bias))
         if quantize_input is not None and self.integer_product:
             out = self.product(input, weight, self.on_grid(bias), None)
         else:
             values = input if quantize_input is None else quantize_input.simulate(input)
             out = F.linear(values, quantize_weight.simulate(weight), bias)
-        self.track(out)
-        return out
+        return self.normalized(out)

@@ -29,13 +29,13 @@ class _QConvTranspose(QLayer):
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[n, c, ...] -> [n, o, ...]``; ``output_size`` is one of the sizes that a stride allows, as in torch."""
-        weight, bias = self.folded()
+        weight, bias = self.operands()
         quantize_weight, quantize_input = self.weight_quantizer, self.input_quantizer
         geometry, extra = geometry_of(self), output_padding_of(self, input, output_size)
         if not self.simulating:
             if quantize_input is not None:
                 quantize_input.observe(input)
-            return reference.float_conv_transpose(input, weight, bias, geometry, extra)
+            return self.normalized(reference.float_conv_transpose(input, weight, bias, geometry, extra))
         if not self.integer_product:
             values = input if quantize_input is None else quantize_input.simulate(input)
             weight = quantize_weight.simulate(weight)
@@ -43,8 +43,7 @@ class _QConvTranspose(QLayer):
         else:
             codes = quantize_input(input), quantize_weight(weight)
             out = reference.conv_transpose(*codes, self.on_grid(bias), geometry, extra)
-        self.track(out)
-        return out
+        return self.normalized(out)
 
 
 def geometry_of(conv: Any) -> Geometry:
