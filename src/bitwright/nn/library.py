@@ -1,4 +1,4 @@
-"""Simulated layers of model libraries, which are not imported here: mixins that join the user's class when it is met."""
+"""Simulated layers of model libraries, which are not imported here: mixins that join the user's class when met."""
 
 from __future__ import annotations
 
