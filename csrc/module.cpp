@@ -158,6 +158,10 @@ NB_MODULE(_native, m) {
                          {qmin, qmax}, at<int8_t>(codes), at<int32_t>(sums), threads);
         },
         Release());
+    m.def(
+        "has_nan",
+        [](uintptr_t x, int64_t count, int threads) { return has_nan(at<const float>(x), count, threads); },
+        Release());
     m.def("straight_through", &straight_through_call, Release());
     m.def(
         "moments",

@@ -103,6 +103,9 @@ void centred_codes(int isa, const Addend& x, int64_t count, float* wide, uint16_
 void weight_codes(int isa, const float* w, int64_t rows, int64_t columns, const float* scale, int64_t scale_stride,
                   const Range8& range, int8_t* codes, int32_t* sums, int threads);
 
+// Integer codes cannot carry NaN on; who must see it asks first.
+bool has_nan(const float* x, int64_t count, int threads);
+
 struct StraightThrough {
     const float* wide;  // gradient to the values [rows, columns], or
     const uint16_t* narrow;  // the same in bfloat16

@@ -53,6 +53,23 @@ void weight_codes(int isa, const float* w, int64_t rows, int64_t columns, const 
     });
 }
 
+bool has_nan(const float* x, int64_t count, int threads) {
+    require(count >= 0 && threads >= 1, "negative size");
+    const int64_t chunks = ceil_div(count, kChunk);
+    std::vector<int32_t> found(static_cast<size_t>(chunks));
+    for_chunks(chunks, threads, [&](int64_t chunk) {
+        const float* part = x + chunk * kChunk;
+        const int64_t length_here = length(count, chunk * kChunk, kChunk);
+        int32_t bad = 0;
+        for (int64_t i = 0; i < length_here; ++i) bad |= part[i] != part[i] ? 1 : 0;
+        found[static_cast<size_t>(chunk)] = bad;
+    });
+    for (int32_t bad : found) {
+        if (bad != 0) return true;
+    }
+    return false;
+}
+
 void straight_through(int isa, const StraightThrough& args) {
     size_product({args.rows, args.columns});
     require(args.threads >= 1, "negative size");

@@ -210,3 +210,12 @@ def test_qparams_are_constants_of_a_product() -> None:
     )
     w = Operand(QuantSpec.parse("int8"), QParams(torch.tensor([0.01])), Learning(), None, None)
     assert not training.product(x, weight, None, fixed, w, None).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["3x3", "linear"])
+def test_nan_in_an_activation_reaches_the_loss(kind: str) -> None:
+    geometry, shape, filters = GEOMETRIES[kind]
+    x, weight = torch.randn(shape), torch.randn(filters)
+    a, w = operand(x, "uint8/asym", "none")[0], operand(weight, "int8/channel", "none")[0]
+    x.view(-1)[5] = torch.nan
+    assert training.product(x, weight, None, a, w, geometry).isnan().any()

@@ -27,15 +27,23 @@ def _weight_codes(weight: Tensor, scale: Tensor, bounds: list[int]) -> tuple[Ten
     return codes, sums
 
 
+def _poisoned(out: Tensor, x: Tensor) -> Tensor:
+    """``out``, or NaN everywhere if ``x`` holds one: codes cannot carry it on, and training must not go on unaware."""
+    x = _dense(x)
+    if cpu.native.has_nan(x.data_ptr(), x.numel(), torch.get_num_threads()):
+        out.fill_(torch.nan)
+    return out
+
+
 def _encoded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor | None, x_bounds: list[int],
     w_scale: Tensor, w_bounds: list[int],
 ) -> Tensor:  # fmt: skip
     codes, sums = _weight_codes(weight, w_scale, w_bounds)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
-    return torch.ops.bitwright.linear(
-        x, cpu.pack_linear(codes, 8), per_row, sums, bias, x_scale, x_zero, 8, *x_bounds, cpu.BEST_ISA
-    )
+    layout = cpu.pack_linear(codes, 8)
+    out = torch.ops.bitwright.linear(x, layout, per_row, sums, bias, x_scale, x_zero, 8, *x_bounds, cpu.BEST_ISA)
+    return _poisoned(out, x)
 
 
 def _encoded_conv2d(
@@ -44,10 +52,11 @@ def _encoded_conv2d(
 ) -> Tensor:  # fmt: skip
     codes, sums = _weight_codes(weight, w_scale, w_bounds)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
-    return torch.ops.bitwright.conv2d(
+    out = torch.ops.bitwright.conv2d(
         x, cpu.pack_conv(codes, groups), per_row, sums, bias, x_scale, x_zero, list(weight.shape[2:]), stride, padding,
         dilation, groups, *x_bounds, cpu.BEST_ISA,
     )  # fmt: skip
+    return _poisoned(out, x)
 
 
 def _encoded_conv2d_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
