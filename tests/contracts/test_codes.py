@@ -15,7 +15,7 @@ from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics import affine, ste
 from bitwright.numerics.formats import FORMATS
 from bitwright.numerics.packing import pack, unpack
-from bitwright.numerics.qtensor import dequantize
+from bitwright.numerics.qtensor import dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.target import get_target
 from nets import calibrated, layer_plan, one_thread, trained  # noqa: F401
@@ -26,12 +26,21 @@ LAYERS = {
     "embedding": (lambda: nn.Embedding(9, 24), torch.zeros),
 }
 SHAPES = {"linear": (5, 24), "conv": (2, 6, 6, 5), "embedding": (9,)}
+QUANTIZED_SCALES = [
+    "fp4/group8/scale(e8m0)",
+    "fp4/group8/scale(fp8_e4m3)",
+    "nf4/group8/scale(int8/group3)",
+    "int4/group8/asym/scale(uint8/asym)",
+    "kmeans3/group8/scale(fp16)",
+    "int8/channel/scale(int8)",
+    "nf4/scale(fp8_e4m3)",
+]
 
 
 def listed() -> Iterator[tuple[str, str, str | None]]:
     """(operator, weight, input) for every weight of every row of the target; the inputs take turns."""
     granularities = ["", "/channel", "/group8"]
-    weights = [f"{f}{g}{a}" for f in FORMATS for g in granularities for a in ("", "/asym")]
+    weights = [f"{f}{g}{a}" for f in FORMATS for g in granularities for a in ("", "/asym")] + QUANTIZED_SCALES
     inputs = [None, "uint8/asym", "int8", "uint4/asym", "int8/token/dynamic", "uint8/asym/dynamic"]
     for op in LAYERS:
         for number, weight in enumerate(weights):
@@ -41,7 +50,7 @@ def listed() -> Iterator[tuple[str, str, str | None]]:
 
 
 def runs(op: str, weight: str, input: str | None) -> bool:
-    if "asym" in weight and not FORMATS[weight.partition("/")[0]].is_integer:
+    if weight.partition("/scale")[0].endswith("asym") and not FORMATS[weight.partition("/")[0]].is_integer:
         return False
     if op == "conv" and "group" in weight:  # the target's patterns are wider than what a plan may ask
         return False
@@ -90,7 +99,10 @@ def test_stored_codes_are_those_of_the_last_forward(
     if stored.spec.format.dtype is None:
         assert len(codes[0].unique()) > 1
     quantizer = simulated.weight_quantizer
-    assert torch.equal(shipped.weight_scale, quantizer.qparams.scale)
+    again = quantize(simulated.folded()[0], stored.spec, quantizer.raw_qparams)
+    assert torch.equal(stored.packed, again.packed)
+    assert torch.equal(stored.qparams.scale, again.qparams.scale)
+    assert torch.equal(stored.qparams.scale, quantizer.qparams.scale)
     if quantizer.zero_point is not None:
         assert torch.equal(shipped.weight_zero_point, quantizer.zero_point)
     assert torch.equal(dequantize(stored), quantizer.simulate(simulated.folded()[0]).detach())
@@ -112,7 +124,11 @@ def test_the_target_lists_every_integer_format_and_the_low_bit_ones() -> None:
     for op in LAYERS:
         for fmt in ("int8", "int7", "int6", "int5", "int4", "int3", "int2", "ternary", "nf4"):
             assert (op, f"{fmt}/channel") in weights, (op, fmt)
+        for fmt in ("kmeans2", "kmeans8", "quantile4", "int16", "uint16", "fp8_e4m3", "fp8_e5m2"):
+            assert (op, f"{fmt}/channel") in weights, (op, fmt)
+        assert (op, "int8/channel/scale(int8)") in weights, op
     assert {("linear", "int4/group8"), ("embedding", "nf4/group8"), ("linear", "fp16")} <= weights
+    assert {(op, spec) for op in ("linear", "embedding") for spec in QUANTIZED_SCALES} <= weights
 
 
 def test_what_a_pattern_lets_through_is_still_refused_for_convolutions() -> None:

@@ -30,7 +30,20 @@ def bound(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "weight",
-    ["int4/group32", "nf4/group32", "int4/channel", "uint4/group32/asym", "ternary/channel", "fp16", "bf16", "int8"],
+    [
+        *(
+            "int4/group32",
+            "nf4/group32",
+            "int4/channel",
+            "uint4/group32/asym",
+            "ternary/channel",
+            "fp16",
+            "bf16",
+            "int8",
+        ),
+        *("mxfp4", "nvfp4", "nf4/group32/scale(int8/group45)", "kmeans4/channel", "kmeans2/group32", "quantile3"),
+        *("int16/channel", "uint16/group32/asym", "fp8_e4m3/channel", "fp8_e5m2", "apot4/channel", "pot3", "binary"),
+    ],
 )
 def test_weight_only_linear_stays_within_the_bound(weight: str) -> None:
     layer = nn.Linear(160, 9)
@@ -39,7 +52,13 @@ def test_weight_only_linear_stays_within_the_bound(weight: str) -> None:
     check(layer, simulated, x)
 
 
-@pytest.mark.parametrize("weight", ["int4/channel", "nf4/channel", "uint8/channel/asym", "ternary", "fp16"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        *("int4/channel", "nf4/channel", "uint8/channel/asym", "ternary", "fp16"),
+        *("kmeans4/channel", "quantile2", "int16/channel", "fp8_e4m3/channel", "nf4/channel/scale(int8)"),
+    ],
+)
 def test_weight_only_conv_stays_within_the_bound(weight: str) -> None:
     layer = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
     x = torch.randn(2, 6, 9, 8)
@@ -56,7 +75,7 @@ def check(layer: nn.Module, simulated: nn.Module, x: Tensor) -> None:
         for features in FEATURES.values():
             shipped = convert(simulated, features=features)
             assert torch.equal(dequantize(shipped.weight), value)
-            assert torch.equal(shipped.weight_scale, simulated.weight_quantizer.qparams.scale)
+            assert torch.equal(shipped.weight.qparams.scale, simulated.weight_quantizer.qparams.scale)
             assert ((shipped(x) - expected).abs() <= limit).all()
             assert ((shipped(x).double() - exact).abs() <= limit).all()
     assert expected.abs().max() > 1e2 * limit.max()

@@ -259,10 +259,6 @@ DAMAGED = {
     "unquoted dots": (HEAD + "[sites]\na.weight = 'int8'\n", r"\[sites\] must hold lines of the form"),
     "table is a list": (HEAD + "sites = []\n", r"\[sites\] must hold lines"),
     "pattern without sites": (HEAD + '[sites]\n"*.weight" = "int8"\n', r"'\*\.weight' matches none of the 0 sites"),
-    "unknown observer slot": (
-        HEAD + '[observers]\noutput = "mse"\n',
-        r"\[observers\] knows weight and input, found output",
-    ),
     "shared with nobody": (
         HEAD + '[sites]\n"a.input" = "int8"\n[shared]\n"a.input" = "b.input"\n',
         r"\[shared\] names b\.input, which is not in \[sites\]",

@@ -65,6 +65,9 @@ def test_w8a8_on_the_residual_net_quantizes_everything_but_the_classifier():
         ("w4a8", "int4/channel", "int8/channel", "uint8/asym", "uint8/asym"),
         ("w4a4", "int4/channel", "int8/channel", "uint4/asym", "uint8/asym"),
         ("w4a16", "int4/channel", "int4/channel", "float", "float"),
+        ("nf4", "nf4/channel", "nf4/channel", "float", "float"),
+        ("mxfp4", "fp4/channel", "fp4/channel", "float", "float"),
+        ("fp8", "fp8_e4m3/channel", "fp8_e4m3/channel", "float", "float"),
         ("fp16", "fp16", "fp16", "float", "float"),
     ],
 )
@@ -86,7 +89,8 @@ def test_presets_either_run_on_a_target_or_are_refused_with_its_choices(name, ta
         try:
             plan = Plan.preset(name, model, example, target=target)
         except PlanError as error:
-            assert target == "onnxruntime" and name in ("w8a8-dynamic", "fp16"), error  # noqa: PT017, PT018
+            refused = ("w8a8-dynamic", "nf4", "mxfp4", "fp8", "fp16")
+            assert target == "onnxruntime" and name in refused, error  # noqa: PT017, PT018
             assert f"target {target} has no" in str(error)  # noqa: PT017
             assert "it has weight" in str(error)  # noqa: PT017
         else:
@@ -107,6 +111,26 @@ def test_a_group_that_does_not_divide_a_layer_becomes_one_scale_per_channel_and_
     assert why(plan, "2.weight") == (
         "preset w4a16: int4/group128 does not divide 100 inputs, one scale per channel instead"
     )
+
+
+def test_groups_of_scales_become_ones_that_divide_their_number_and_the_plan_says_so():
+    model = nn.Sequential(
+        nn.Linear(64, 512), nn.Linear(512, 36), nn.Linear(36, 64), nn.Linear(64, 257), nn.Linear(257, 2)
+    )
+    plan = Plan.preset("nf4", model, torch.randn(1, 64))
+    found = table(plan)
+    assert found["0.weight"] == "nf4/group64/scale(int8/group256)"
+    assert why(plan, "0.weight") == "preset nf4"
+    assert found["1.weight"] == "nf4/group64/scale(int8/group144)"
+    assert why(plan, "1.weight") == "preset nf4: groups of 256 do not divide 288 scales"
+    assert found["2.weight"] == "nf4/channel"
+    assert found["3.weight"] == "nf4/group64"
+
+
+def test_scales_of_joint_projections_are_counted_per_part():
+    net = nn.Sequential(nn.TransformerEncoderLayer(64, 2, 128, batch_first=True), nn.Linear(64, 2))
+    plan = Plan.preset("nf4", net, torch.randn(1, 3, 64))
+    assert table(plan)["0.self_attn.in_proj_weight"] == "nf4/group64/scale(int8/group64)"
 
 
 def test_embeddings_have_a_weight_only_and_position_adds_are_no_sites():
@@ -329,7 +353,8 @@ def test_an_unknown_subclass_may_be_registered():
 
 def test_an_unknown_preset_is_named_with_the_known_ones():
     with pytest.raises(
-        PlanError, match="unknown preset 'w2a2'; known presets: w8a8, w8a8-dynamic, w4a8, w4a4, w4a16, fp16"
+        PlanError,
+        match="unknown preset 'w2a2'; known presets: w8a8, w8a8-dynamic, w4a8, w4a4, w4a16, nf4, mxfp4, fp8, fp16",
     ):
         Plan.preset("w2a2", Mlp(), torch.randn(1, 16))
 

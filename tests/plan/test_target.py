@@ -88,8 +88,6 @@ def test_every_format_can_be_stored_by_the_cpu_target():
         for name, fmt in FORMATS.items()
         if name != "uint1"  # a weight of 0 and 1 only
         and name != "e8m0"  # a format of scales
-        and not fmt.fit  # no layer stores fitted tables
-        and name not in ("int16", "uint16")  # no kernel reads codes of 16 bits
     )
 
 

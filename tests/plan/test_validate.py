@@ -53,6 +53,9 @@ GOOD = {"linear.weight": "int8/channel", "linear.input": "uint8/asym"}
         {"linear.weight": "int4/group32", "linear.input": "float"},
         {"linear.weight": "int4/group32"},  # a site that is not mentioned stays float
         {"embedding.weight": "int8/channel"},
+        {"linear.weight": "nf4/group32/scale(int8/group32)"},
+        {"embedding.weight": "mxfp4"},
+        {"linear.weight": "kmeans4/group32", "conv.weight": "quantile3/channel"},
         {"conv.weight": "ternary", "conv.input": "int8/dynamic"},
         {"add_0.input.0": "uint8/asym", "add_0.input.1": "int8"},
         {**GOOD, "scaled.weight": "float", "scaled.input": "float"},
@@ -100,9 +103,31 @@ REFUSED = {
         {"linear.weight": "int8/dynamic", "linear.input": "uint8"},
         r"linear\.weight: int8/dynamic is dynamic, but weights are stored; remove /dynamic",
     ),
-    "quantized scales": (
-        {"linear.weight": "nf4/group32/scale(int8/group32)"},
-        r"linear\.weight: no layer stores quantized scales \(nf4/group32/scale\(int8/group32\)\); remove /scale",
+    "groups of scales that do not divide": (
+        {"linear.weight": "nf4/group32/scale(int8/group256)"},
+        r"linear\.weight: nf4/group32/scale\(int8/group256\) stores its scales as a row of 288: group256 needs a last "
+        r"axis divisible by 256, found shape \[1, 288\]; use channel or one of \[48, 32, 24, 16, 8\] as the group size",
+    ),
+    "scales of scales": (
+        {"linear.weight": "nf4/group32/scale(int8/group32/scale(e8m0))"},
+        r"linear\.weight: .* needs scales of scales or a table for them; use e\.g\. scale\(int8/group256\)",
+    ),
+    "a table for scales": (
+        {"linear.weight": "nf4/group32/scale(kmeans4)"},
+        r"linear\.weight: .* needs scales of scales or a table for them; use e\.g\. scale\(int8/group256\)",
+    ),
+    "integers with quantized scales": (
+        {"linear.weight": "int4/channel/scale(int8)", "linear.input": "uint8/asym"},
+        r"linear: products of integers need float32 scales, found weight int4/channel/scale\(int8\); remove "
+        r"/scale\(\.\.\.\) or set linear\.input to 'float'",
+    ),
+    "integers of 16 bits": (
+        {"linear.weight": "int16/channel", "linear.input": "uint8/asym"},
+        "target cpu has no linear kernel for weight int16/channel with input uint8/asym",
+    ),
+    "a fitted table with integer inputs": (
+        {"linear.weight": "kmeans4/channel", "linear.input": "uint8/asym"},
+        "target cpu has no linear kernel for weight kmeans4/channel with input uint8/asym",
     ),
     "groups of a convolution": (
         {"conv.weight": "int4/group32"},
@@ -162,10 +187,22 @@ def test_folds_must_exist(model, folds, missing):
     [
         (
             {"weight": "mse", "input": "percentil"},
-            "observer of inputs: unknown observer 'percentil'; known observers: ema, m",
+            r"\[observers\] input = 'percentil': unknown observer 'percentil'; known observers: ema, ",
         ),
-        ({"weight": "mse", "input": "percentile:7"}, "observer of inputs: cannot read observer 'percentile:7'"),
-        ({"weight": "ema", "input": "mse"}, "unknown weight observer 'ema'; weights know minmax and mse"),
+        ({"weight": "mse", "input": "percentile:7"}, "input = .*: cannot read observer 'percentile:7'"),
+        ({"weight": "ema", "input": "mse"}, "unknown weight observer 'ema'; weights know minmax, mse, absmean"),
+        (
+            {"weight": "mse", "input": "mse", "linear.inputs": "mse"},
+            r"'linear.inputs' matches none of the 2 sites; near names: linear.input",
+        ),
+        (
+            {"weight": "mse", "input": "mse", "linear.*": "kl"},
+            r"\[observers\] linear.\* = 'kl': unknown weight observer 'kl'; weights know minmax, mse, absmean",
+        ),
+        (
+            {"weight": "mse", "input": "mse", "*.input": "mse:low=1"},
+            r"\[observers\] \*.input = 'mse:low=1': cannot read observer 'mse:low=1': the lower end must be finite",
+        ),
         ({"weight": "mse", "inputs": "mse"}, "observers are chosen for weight and input, found weight, inputs"),
         ({}, "observers are chosen for weight and input, found none"),
     ],
@@ -178,7 +215,7 @@ def test_observers_must_be_known_before_anything_is_calibrated(model, observers,
 def test_an_unknown_observer_is_refused_by_the_preset_already():
     with pytest.raises(PlanError, match="unknown observer 'entropy'"):
         Plan.preset("w8a8", Mlp(), torch.randn(1, 16), observers={"input": "entropy"})
-    with pytest.raises(PlanError, match="found weight, input, activation"):
+    with pytest.raises(PlanError, match="'activation' matches none of the 6 sites"):
         Plan.preset("w8a8", Mlp(), torch.randn(1, 16), observers={"activation": "mse"})
 
 
@@ -211,3 +248,11 @@ def test_a_plan_still_fits_after_a_round_trip_through_its_file():
     plan = Plan.preset("w4a8", model, image())
     validate(Plan.from_toml(plan.to_toml()), model)
     validate(replace(plan, target="onnxruntime"), model)
+
+
+def test_a_shared_quantizer_has_one_observer():
+    sites = {"linear.weight": "int8/channel", "linear.input": "uint8/asym", "scaled.input": "uint8/asym"}
+    shared = {Site("scaled", "input"): Site("linear", "input")}
+    plan = hand_made(sites, shared=shared, observers={"weight": "mse", "input": "mse", "scaled.input": "minmax"})
+    with pytest.raises(PlanError, match=r"scaled\.input has 'minmax', but it shares the quantizer of linear\.input"):
+        validate(plan, Everything())

@@ -102,6 +102,8 @@ def lowbit_layers(model: nn.Module) -> dict[str, Lowbit]:
     for path, module in model.named_modules():
         if isinstance(module, (LowbitLinear, LowbitConv, LowbitEmbedding, LowbitAdd)):
             found[path] = module
+            if isinstance(module, LowbitLayer) and module.weight_spec.scale is not None:
+                raise ExportError(f"{path}: {module.weight_spec} has no ONNX form here; leave out /scale(...)")
         elif isinstance(module, (LowbitLayer, LowbitRecurrent)):
             raise ExportError(f"{path}: {type(module).__name__} has no ONNX form; set its sites to 'float'")
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -17,7 +18,7 @@ from bitwright.plan.target import spelled
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """One stored tensor or low-bit layer: its format, bytes (codes, scales, zero points), and the reason."""
+    """One stored tensor or low-bit layer: its format, bytes (codes, scales, zero points, table), and the reason."""
 
     path: str
     format: str
@@ -46,9 +47,9 @@ def coverage(model: nn.Module) -> list[Covered]:
     for path, module in model.named_modules():
         if isinstance(module, LowbitLayer):
             site = _site(path, plan)
-            stored = once(module.packed, module.weight_scale, module.weight_zero_point)
+            stored = once(*module.weight_parts)
             ranges = once(module.input_scale, module.input_zero_point)
-            elements = module.weight.shape[0] * (module.weight.codes[0].numel())
+            elements = math.prod(module.shape)
             rows.append(
                 Covered(
                     str(site), str(module.weight_spec), spelled(module.input_spec), stored + ranges, elements,

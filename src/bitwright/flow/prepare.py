@@ -134,10 +134,8 @@ def _quantizer(model: nn.Module, plan: Plan, site: Site) -> Quantizer:
     spec = plan.sites[site]
     assert spec is not None
     shape = rows_shape(model.get_submodule(site.path), site.slot) if site.is_weight else None
-    known = site.slot == "probs" and plan.range_rule(site) == "fixed" and not spec.dynamic
-    return (Probabilities if known else Quantizer)(
-        str(site), spec, shape, plan.observers["weight" if site.is_weight else "input"], plan.range_rule(site)
-    )
+    known = site.slot == "probs" and plan.observer(site) == "fixed:0,1" and not spec.dynamic
+    return (Probabilities if known else Quantizer)(str(site), spec, shape, plan.observer(site), plan.range_rule(site))
 
 
 def _swap(module: nn.Module, path: str, quantizers: dict[Site, Quantizer]) -> None:

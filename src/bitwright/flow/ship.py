@@ -36,7 +36,7 @@ from bitwright.nn.quantizer import Quantizer
 from bitwright.nn.recurrent import QRecurrent
 from bitwright.nn.transposed import geometry_of as geometry_of_transposed
 from bitwright.numerics.affine import encode
-from bitwright.numerics.qtensor import QTensor, pack_rows
+from bitwright.numerics.qtensor import QTensor, pack_rows, quantize_scale
 from bitwright.numerics.spec import QParams
 from bitwright.plan.site import PRODUCTS
 
@@ -58,12 +58,14 @@ def activation(quantizer: Quantizer | None) -> Activation | None:
 
 @torch.no_grad()
 def pack_weight(weight: Tensor, quantizer: Quantizer) -> QTensor:
-    """A float weight as it is stored: its codes, packed, with the quantizer's scale and zero point."""
-    qparams, spec = quantizer.qparams, quantizer.spec
+    """A float weight as it is stored: its codes, packed, with the quantizer's scale, zero point and table."""
+    raw, qparams, spec = quantizer.raw_qparams, quantizer.qparams, quantizer.spec
+    assert raw is not None
     assert qparams is not None
-    scale, zero_point = qparams.scale.detach().clone(), qparams.zero_point
+    scale = qparams.scale.clone() if spec.scale is None else quantize_scale(raw.scale, spec)
+    zero_point, codebook = (None if part is None else part.clone() for part in (raw.zero_point, raw.codebook))
     packed = pack_rows(encode(weight, spec, qparams), spec)
-    return QTensor(packed, scale, None if zero_point is None else zero_point.clone(), spec, tuple(weight.shape))
+    return QTensor(packed, scale, zero_point, spec, tuple(weight.shape), codebook)
 
 
 def pack_once(weight: Tensor, quantizer: Quantizer, packed: Shared) -> QTensor:
@@ -169,15 +171,28 @@ def _experts(module: Any, features: Features, packed: Shared) -> nn.Module:
 
 def take_rows(weight: QTensor, rows: slice) -> QTensor:
     """Some rows of a packed matrix, with their scales, zero points and tables."""
-    count = weight.shape[0]
+    count, whole = weight.shape[0], weight.spec.granularity.kind == "tensor"
+    start, stop, _ = rows.indices(count)
 
     def some(part: Any) -> Any:
+        if isinstance(part, QTensor):
+            each = part.shape[1] // count
+            return part if whole else _take_scales(part, start * each, stop * each)
         per_row = isinstance(part, Tensor) and part.shape[0] == count and part.dim() > 1
         return part[rows].clone() if per_row else part
 
     packed = weight.packed[rows].clone()
     shape = (packed.shape[0], *weight.shape[1:])
     return QTensor(packed, some(weight.scale), some(weight.zero_point), weight.spec, shape, some(weight.codebook))
+
+
+def _take_scales(scale: QTensor, start: int, stop: int) -> QTensor:
+    """Some of the scales of a matrix, which are stored as one row; groups of them are never cut (`plan.validate`)."""
+    spec, codes, step, zero_point = scale.spec, scale.codes[:, start:stop], scale.qparams.scale, scale.zero_point
+    if spec.granularity.kind == "group":
+        groups = slice(start // spec.granularity.size, stop // spec.granularity.size)
+        step, zero_point = step[:, groups].clone(), None if zero_point is None else zero_point[:, groups].clone()
+    return QTensor(pack_rows(codes, spec), step, zero_point, spec, tuple(codes.shape))
 
 
 def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

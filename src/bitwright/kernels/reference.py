@@ -67,6 +67,32 @@ def codes_of(x: Tensor, spec: QuantSpec, qparams: QParams | None) -> Codes:
     return Codes(values, qparams.scale, largest_code(spec))
 
 
+def row_qparams(qparams: QParams, spec: QuantSpec, ids: Tensor) -> QParams:
+    """Scales, zero points and tables of the rows ``ids [n]`` of a matrix; what all rows share stays as it is."""
+
+    def some(part: Tensor | None) -> Tensor | None:
+        return part if part is None or part.dim() == 1 else F.embedding(ids, part)
+
+    if spec.granularity.kind == "tensor":
+        return qparams
+    return QParams(F.embedding(ids, qparams.scale), some(qparams.zero_point), some(qparams.codebook))
+
+
+def not_integers(weight: QuantSpec, input: QuantSpec | None) -> str:
+    """Why these operands are decoded and not multiplied as integer codes; empty where they are integers (contract C2).
+
+    >>> not_integers(QuantSpec.parse("int16/channel"), QuantSpec.parse("int8"))
+    'needs integer formats of at most 8 bits'
+    """
+    if input is None:
+        return "needs an integer input"
+    if not all(spec.format.is_integer and spec.format.bits <= 8 for spec in (weight, input)):
+        return "needs integer formats of at most 8 bits"
+    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel"):
+        return "needs symmetric weights with one scale per tensor or channel"
+    return "needs scales in float32" if weight.scale is not None else ""
+
+
 def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
     """Integer linear layer ``[..., k] x [n, k] -> [..., n]`` in float32."""
     limit = x.limit * weight.limit * x.values.shape[-1]

@@ -18,22 +18,24 @@ from torch.nn import functional as F
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu, reference
-from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code
+from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code, not_integers, row_qparams
 from bitwright.numerics.affine import decode, live_qparams, simulate
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QParams, QuantSpec
 
 # int32 accumulators hold K products of a byte with a signed byte up to here.
 _LARGEST_K = 65536
+Product = Callable[..., Tensor]
 
 
 class Packed(NamedTuple):
-    """Constants of one layer in a row's own layout: codes, scales, and zero points or sums of codes where needed."""
+    """Constants of one layer in a row's own layout: codes, scales; zero points, sums of codes, a table where needed."""
 
     layout: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
     sums: Tensor | None = None
+    codebook: Tensor | None = None
 
 
 class Activation(NamedTuple):
@@ -57,13 +59,7 @@ class Kernel:
 
 
 def _integers_only(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
-    if input is None:
-        return "needs an integer input"
-    if not (weight.format.is_integer and input.format.is_integer):
-        return "needs integer formats"
-    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel"):
-        return "needs symmetric weights with one scale per tensor or channel"
-    return ""
+    return not_integers(weight, input)
 
 
 def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
@@ -131,10 +127,12 @@ def _run_native_conv(
 
 
 def _pack_codes(weight: QTensor, groups: int) -> Packed:
-    """One byte per code (two for 16-bit floats), with the scales as they are stored."""
+    """One byte per code (two for 16 bits, four for uint16, which torch cannot gather), with its scales in float32."""
     fmt, qparams = weight.spec.format, weight.qparams
     dtype = fmt.dtype or (torch.int8 if fmt.qmin < 0 else torch.uint8)
-    return Packed(weight.codes.to(dtype), qparams.scale, qparams.zero_point)
+    if fmt.is_integer and fmt.bits > 8:
+        dtype = torch.int16 if fmt.qmin < 0 else torch.int32
+    return Packed(weight.codes.to(dtype), qparams.scale, qparams.zero_point, codebook=qparams.codebook)
 
 
 def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
@@ -142,7 +140,7 @@ def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
 
 
 def _decoded_weight(packed: Packed, weight: QuantSpec) -> Tensor:
-    return decode(packed.layout, weight, QParams(packed.scale, packed.zero_point))
+    return decode(packed.layout, weight, QParams(packed.scale, packed.zero_point, packed.codebook))
 
 
 def decoded_input(x: Tensor, input: Activation | None) -> Tensor:
@@ -181,17 +179,15 @@ def _decoding_conv(
 
 
 def _integer_volume(
-    product: Callable[..., Tensor], x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None,
-    input: Activation, *geometry: object,
-) -> Tensor:  # fmt: skip
-    return product(codes_of(x, *input), _integer_weight(packed, weight), bias, *geometry)
+    run: Product, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, *g: object
+) -> Tensor:
+    return run(codes_of(x, *input), _integer_weight(packed, weight), bias, *g)
 
 
 def _decoding_volume(
-    product: Callable[..., Tensor], x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None,
-    input: Activation | None, *geometry: object,
-) -> Tensor:  # fmt: skip
-    return product(decoded_input(x, input), _decoded_weight(packed, weight), bias, *geometry)
+    run: Product, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, by: Activation | None, *g: object
+) -> Tensor:
+    return run(decoded_input(x, by), _decoded_weight(packed, weight), bias, *g)
 
 
 def _as_2d(filters: Tensor) -> Tensor:
@@ -199,11 +195,9 @@ def _as_2d(filters: Tensor) -> Tensor:
 
 
 def _gather(ids: Tensor, packed: Packed, weight: QuantSpec) -> Tensor:
-    rows = F.embedding(ids, packed.layout)
-    if weight.granularity.kind == "tensor":
-        return decode(rows, weight, QParams(packed.scale, packed.zero_point))
-    zero_point = None if packed.zero_point is None else F.embedding(ids, packed.zero_point)
-    return decode(rows, weight, QParams(F.embedding(ids, packed.scale), zero_point))
+    qparams = row_qparams(QParams(packed.scale, packed.zero_point, packed.codebook), weight, ids.flatten())
+    rows = F.embedding(ids.flatten(), packed.layout)
+    return decode(rows, weight, qparams).view(*ids.shape, packed.layout.shape[1])
 
 
 def _reference_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
@@ -238,12 +232,10 @@ def _native_rows(isa: str) -> list[Kernel]:
 _NONE: frozenset[str] = frozenset()
 
 
-def _volume_rows(op: str, integer: Callable[..., Tensor], decoding: Callable[..., Tensor]) -> list[Kernel]:
-    code = "one byte per code"
-    return [
-        Kernel(f"{op}/reference", op, _NONE, code, _integers_only, _pack_codes, partial(_integer_volume, integer)),
-        Kernel(f"{op}/decode", op, _NONE, code, _anything, _pack_codes, partial(_decoding_volume, decoding)),
-    ]
+def _volume_rows(op: str, integer: Product, decoding: Product) -> tuple[Kernel, Kernel]:
+    code, exact, loose = "one byte per code", partial(_integer_volume, integer), partial(_decoding_volume, decoding)
+    row = Kernel(f"{op}/reference", op, _NONE, code, _integers_only, _pack_codes, exact)
+    return row, Kernel(f"{op}/decode", op, _NONE, code, _anything, _pack_codes, loose)
 
 
 KERNELS: tuple[Kernel, ...] = (

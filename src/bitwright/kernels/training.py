@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import cpu, passes  # noqa: F401  (passes registers the operators)
-from bitwright.kernels.reference import Geometry, largest_code
+from bitwright.kernels.reference import Geometry, largest_code, not_integers
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.numerics.ste import Learning, Sums, range_gradients
 
@@ -41,11 +41,10 @@ class Operand:
 
 
 def serves(x: Tensor, weight: Tensor, x_spec: QuantSpec, w_spec: QuantSpec) -> bool:
-    """Whether the native kernels compute this product: float32 on the CPU, at most 8 bits, a sum that fits 32 bits."""
-    narrow = all(spec.format.is_integer and spec.format.bits <= 8 for spec in (x_spec, w_spec))
+    """Whether the native kernels compute this product: float32 on the CPU, integer codes, a sum that fits 32 bits."""
     return (
         cpu.native is not None
-        and narrow
+        and not not_integers(w_spec, x_spec)
         and w_spec.format.qmin < 0
         and x.device.type == weight.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32

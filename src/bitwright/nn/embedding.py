@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitwright.kernels.reference import Bags, bag
+from bitwright.kernels.reference import Bags, bag, row_qparams
 from bitwright.nn.layer import QLayer
-from bitwright.numerics.spec import QParams
 from bitwright.numerics.ste import simulated
 
 
@@ -46,13 +45,13 @@ def _encoded(layer: QLayer, rows: Tensor, ids: Tensor) -> Tensor:
     quantizer = layer.weight_quantizer
     if quantizer is None or not layer.simulating:
         return rows
-    qparams, scale, offset = quantizer.qparams, quantizer.scale, quantizer.offset
+    qparams, scale, offset, flat = quantizer.qparams, quantizer.scale, quantizer.offset, ids.flatten()
     assert qparams is not None
     assert scale is not None
     learning = quantizer.learning(layer.weight)
     if quantizer.spec.granularity.kind != "tensor":
-        scale = F.embedding(ids, scale)
-        offset = None if offset is None else F.embedding(ids, offset)
-        zero_point = None if qparams.zero_point is None else F.embedding(ids, qparams.zero_point)
-        qparams = QParams(F.embedding(ids, qparams.scale), zero_point)
-    return simulated(rows, quantizer.spec, qparams, learning, scale, offset)
+        scale = F.embedding(flat, scale)
+        offset = None if offset is None else F.embedding(flat, offset)
+    qparams = row_qparams(qparams, quantizer.spec, flat)
+    matrix = rows.reshape(-1, rows.shape[-1])
+    return simulated(matrix, quantizer.spec, qparams, learning, scale, offset).view(rows.shape)

@@ -20,6 +20,7 @@ from bitwright.nn.ranges import RangeRule, get_rule
 from bitwright.nn.tracker import Tracker, range_ends
 from bitwright.numerics.affine import EPS, choose_qparams, live_qparams
 from bitwright.numerics.formats import Format
+from bitwright.numerics.qtensor import snap_scale
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.numerics.ste import Learning, codes_with_gradient, simulated
 from bitwright.observe.fit import weight_qparams
@@ -38,7 +39,8 @@ class Quantizer(nn.Module):
     """Turns a tensor into codes by its spec, with a scale that was calibrated or is being learned.
 
     ``scale`` is a parameter (float32, at least one dimension; trained only while its ``requires_grad`` is set), with
-    the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None. Where the rule learns an
+    the shape of the spec's granularity; ``zero_point`` a buffer of the same shape or None, ``codebook`` one with the
+    table of a format with a fitted one (`fit` finds it, training leaves it). Where the rule learns an
     offset (LSQ+), ``offset`` is a parameter and the zero point follows from it in every forward. Dynamic specs have
     none of these. ``rule`` says how the range moves in training; ``tracker`` follows the data for rules that do, unless
     ``freeze_range`` is set. A range that only the data moves is no parameter: its ``scale`` is a buffer.
@@ -61,8 +63,10 @@ class Quantizer(nn.Module):
         self.scale: nn.Parameter | None
         self.offset: nn.Parameter | None
         self.zero_point: Tensor | None
+        self.codebook: Tensor | None
         self.register_parameter("offset", None)
         self.register_buffer("zero_point", None)
+        self.register_buffer("codebook", None)
         if spec.dynamic:
             self.register_parameter("scale", None)
         else:
@@ -73,6 +77,9 @@ class Quantizer(nn.Module):
                 self.register_buffer("scale", torch.ones(scale_shape))
             else:
                 self.scale = nn.Parameter(torch.ones(scale_shape), requires_grad=False)
+            if spec.format.fit:
+                rows = scale_shape[:1] if spec.granularity.kind == "channel" else ()
+                self.codebook = torch.zeros(*rows, spec.format.qmax + 1)
             if not spec.symmetric:
                 self.zero_point = torch.zeros(scale_shape)
                 if self.rule.learns_offset:
@@ -84,7 +91,13 @@ class Quantizer(nn.Module):
 
     @property
     def qparams(self) -> QParams | None:
-        """Scale (never below float32 epsilon) and zero point, as constants for autograd; None for dynamic specs."""
+        """Scale, rounded to how it is stored, zero point and table, constants for autograd; None for dynamic specs."""
+        raw = self.raw_qparams
+        return None if raw is None else replace(raw, scale=snap_scale(raw.scale, self.spec))
+
+    @property
+    def raw_qparams(self) -> QParams | None:
+        """`qparams` with the float scale (never below float32 epsilon) that quantized scales are rounded from."""
         if self.scale is None:
             return None
         scale, zero_point = self.scale.detach().clamp(min=EPS), self.zero_point
@@ -93,7 +106,7 @@ class Quantizer(nn.Module):
         if self.offset is not None:
             fmt = self.spec.format
             zero_point = (-self.offset.detach() / scale).round().clamp(fmt.qmin, fmt.qmax)
-        return QParams(scale, zero_point)
+        return QParams(scale, zero_point, self.codebook)
 
     def observe(self, x: Tensor) -> None:
         """In stage OBSERVE, take in one activation; raises `CalibrationError` when it is not finite."""
@@ -137,10 +150,12 @@ class Quantizer(nn.Module):
             self.tracker.start(range_ends(qparams, self.spec))
 
     def move_to(self, qparams: QParams) -> None:
-        """Store a scale and zero point, in place."""
+        """Store a scale, zero point and table, in place."""
         assert self.scale is not None
         with torch.no_grad():
             self.scale.copy_(qparams.scale)
+            if self.codebook is not None and qparams.codebook is not None:
+                self.codebook.copy_(qparams.codebook)
             if self.zero_point is not None and qparams.zero_point is not None:
                 self.zero_point.copy_(qparams.zero_point)
                 if self.offset is not None:
@@ -152,7 +167,7 @@ class Quantizer(nn.Module):
         Levels are qmax for symmetric and qmax - qmin for asymmetric formats. Raises `SpecError` for a format or spec
         that is not an integer one.
         """
-        old, params = self.spec.format, self.qparams
+        old, params = self.spec.format, self.raw_qparams
         if not (old.is_integer and fmt.is_integer):
             raise SpecError(f"{self.site}: bits change between integer formats only, not from {old} to {fmt}")
         self.spec = replace(self.spec, format=fmt)

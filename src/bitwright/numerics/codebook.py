@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bitwright.errors import NumericsError
 from bitwright.numerics.formats import Format
-from bitwright.numerics.spec import QuantSpec
+from bitwright.numerics.spec import Granularity, QuantSpec
 
 _ITERATIONS = 300
+_ROWS = Granularity("channel")
 _PART = 2**22  # elements that are sorted at a time: the temporaries are float64
 
 
@@ -33,7 +34,7 @@ def nearest_code(x: Tensor, fmt: Format, codebook: Tensor | None = None) -> Tens
         middles = (table[..., 1:] + table[..., :-1]) / 2
         if table.dim() == 1:
             return torch.bucketize(x, middles).float()
-        return torch.searchsorted(middles, x.reshape(len(x), -1)).view(x.shape).float()
+        return torch.searchsorted(middles, _ROWS.blocks(x)).view(x.shape).float()
     found = torch.bucketize(x, torch.tensor(fmt.thresholds, dtype=torch.float32, device=x.device))
     return torch.tensor(fmt.order, dtype=torch.float32, device=x.device)[found]
 
@@ -50,7 +51,7 @@ def look_up(codes: Tensor, fmt: Format, codebook: Tensor | None = None) -> Tenso
     table = _present(fmt, codebook)
     if table.dim() == 1:
         return table[codes.long()]
-    return table.gather(1, codes.long().reshape(len(codes), -1)).view(codes.shape)
+    return table.gather(1, _ROWS.blocks(codes.long())).view(codes.shape)
 
 
 def _present(fmt: Format, codebook: Tensor | None) -> Tensor:

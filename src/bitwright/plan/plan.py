@@ -60,8 +60,8 @@ class Plan:
 
         ``example`` is one batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. ``sites``
         are rules applied on top, as in `with_sites`; ``observers`` and ``ranges`` say how ranges are found by
-        calibration and move in training (see `range_rule`). Raises `PlanError` or `ModelError` when the result could
-        not run.
+        calibration and move in training, for all or by patterns over sites (see `observer` and `range_rule`).
+        Raises `PlanError` or `ModelError` when the result could not run.
 
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -98,6 +98,17 @@ class Plan:
         folds = {conv: norm for conv, norm in self.folds.items() if sites.get(Site(conv, "weight")) is not None}
         return replace(self, sites=sites, why=why, shared=shared, folds=folds)
 
+    def observer(self, site: Site) -> str:
+        """How the range of a site is found: the last line of ``[observers]`` that selects it, as in `range_rule`.
+
+        >>> Plan("cpu", {}, {"weight": "mse", "input": "mse", "act.*": "fixed:0,1"}).observer(Site("act", "input"))
+        'fixed:0,1'
+        """
+        kind, observer = "weight" if site.is_weight else "input", ""
+        if site.slot == "probs" and self.range_rule(site) == "fixed":
+            kind, observer = "probs", "fixed:0,1"
+        return _last_line(self.observers, site, kind, observer)
+
     def range_rule(self, site: Site) -> str:
         """How the range of a site moves in training: the last line of ``[ranges]`` that selects it.
 
@@ -109,10 +120,7 @@ class Plan:
         kind, rule = "weight" if site.is_weight else "input", ""
         if site.slot == "probs":  # probabilities lie in [0, 1]: nothing to learn, unless a pattern says so
             kind, rule = "probs", "fixed"
-        for pattern, name in self.ranges.items():
-            if pattern == kind or str(site) == pattern or fnmatchcase(str(site), pattern):
-                rule = name
-        return rule
+        return _last_line(self.ranges, site, kind, rule)
 
     def explain(self, site: str | Site) -> str:
         """The decision for one site and its reason; raises `PlanError` with near names for an unknown site."""
@@ -125,7 +133,7 @@ class Plan:
         if site in self.why:
             lines.append(f"why: {self.why[site]}")
         if spec is not None and not spec.dynamic:
-            lines.append(f"range: {self.observers['weight' if site.is_weight else 'input']}")
+            lines.append(f"range: {self.observer(site)}")
             lines.append(f"in training: {self.range_rule(site)}")
         if site in self.shared:
             lines.append(f"shares the quantizer of {self.shared[site]}")
@@ -181,13 +189,10 @@ class Plan:
                 f"expected version = {VERSION} and the tables observers, ranges, sites, folds, shared, why; "
                 f"found version = {data.get('version')!r} and {', '.join(sorted(unknown)) or 'no other tables'}"
             )
-        observers = _table(data, "observers")
-        if extra := set(observers) - set(DEFAULT_OBSERVERS):
-            raise PlanError(f"[observers] knows weight and input, found {', '.join(sorted(extra))}")
         plan = cls(
             get_target(data.get("target", "cpu")).name,
             {},
-            {**DEFAULT_OBSERVERS, **observers},
+            {**DEFAULT_OBSERVERS, **_table(data, "observers")},
             {**DEFAULT_RANGES, **_table(data, "ranges")},
             _table(data, "folds"),
             {Site.parse(site): Site.parse(leader) for site, leader in _table(data, "shared").items()},
@@ -213,6 +218,11 @@ def read_spec(value: str | QuantSpec | None) -> QuantSpec | None:
     if value is None or isinstance(value, QuantSpec):
         return value
     return None if value == "float" else QuantSpec.parse(value)
+
+
+def _last_line(table: Mapping[str, str], site: Site, kind: str, default: str) -> str:
+    lines = [text for line, text in table.items() if line == kind or str(site) == line or fnmatchcase(str(site), line)]
+    return lines[-1] if lines else default
 
 
 def _table(data: dict[str, Any], name: str) -> dict[str, str]:

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from bitwright.errors import ModelError, NumericsError, PlanError
+from bitwright.errors import ModelError, PlanError
 from bitwright.graph import patterns
 from bitwright.graph.calls import KINDS, kind_of
 from bitwright.graph.dataflow import Dataflow, Node, record
 from bitwright.graph.multihead import CHILD, SIDES
 from bitwright.graph.rewrite import why_not_nameable
 from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.groups import fitted
 from bitwright.plan.site import (
     ADD_SLOTS,
     CONVOLUTIONS,
@@ -29,7 +30,6 @@ from bitwright.plan.site import (
     Site,
     operator_of,
     products_of,
-    rows_shape,
     slots_of,
     unknown_subclass,
 )
@@ -77,6 +77,9 @@ PRESETS: dict[str, Preset] = {
         first=("int8/channel", "uint8/asym"),
     ),
     "w4a16": Preset(("int4/group128", None), ("int4/channel", None), "int8/channel", None),
+    "nf4": Preset(("nf4/group64/scale(int8/group256)", None), ("nf4/channel", None), "int8/channel", None),
+    "mxfp4": Preset(("mxfp4", None), ("fp4/channel", None), "int8/channel", None),
+    "fp8": Preset(("fp8_e4m3/channel", None), ("fp8_e4m3/channel", None), "fp8_e4m3/channel", None),
     "fp16": Preset(("fp16", None), ("fp16", None), "fp16", None),
 }
 
@@ -86,7 +89,8 @@ OPTIONAL = {
     "cat": "concatenations stay in float unless a rule gives them a spec, one for all their tensors",
     "attention": "the products of attention stay in float unless a rule gives them a spec",
 }
-"""Operations of activations only, which no preset quantizes: a float product of float tensors loses nothing."""
+"""Operations of activations only, which no preset quantizes: on the CPU torch's fused float attention is faster than
+integer products with a float softmax between them, and loses nothing. At 8 bits they cost little accuracy."""
 
 
 @dataclass
@@ -187,24 +191,13 @@ def _decide(out: Proposal, name: str, preset: Preset, path: str, module: nn.Modu
             spec = weight if site.is_weight else input
             out.sites[site], out.why[site] = None if spec is None else QuantSpec.parse(spec), why
             if site.is_weight and spec is not None:
-                _fit_group(out, site, module)
+                out.sites[site], changed = fitted(QuantSpec.parse(spec), module, slot)
+                out.why[site] += f": {changed}" if changed else ""
 
 
 def _meets_input(product: Product) -> bool:
     """Whether a product multiplies what its module is given; recurrent modules have others too."""
     return not any(re.match("hidden|projected|input_l[1-9]", slot) for slot in product.inputs)
-
-
-def _fit_group(out: Proposal, site: Site, module: nn.Module) -> None:
-    """A preset's group size that does not divide the layer becomes one scale per channel, said in the plan."""
-    spec = out.sites[site]
-    assert spec is not None
-    shape = rows_shape(module, site.slot)
-    try:
-        spec.granularity.scale_shape(shape)
-    except NumericsError:
-        out.sites[site] = QuantSpec.parse(f"{spec.format}/channel")
-        out.why[site] += f": {spec} does not divide {shape[-1]} inputs, one scale per channel instead"
 
 
 def _add_residuals(out: Proposal, flow: Dataflow, model: nn.Module, preset: Preset, target: Target) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bitwright.errors import ModelError, PlanError
 from bitwright.graph.calls import KINDS, Add, Attention, Cat, MatMul
 from bitwright.graph.experts import library_operator
 from bitwright.kernels.recurrent import recurrence_of
+from bitwright.numerics.spec import QuantSpec
 
 # Which operator a module class is; classes match exactly, see `operator_of`.
 OPERATORS: dict[type[nn.Module], str] = {
@@ -188,6 +190,27 @@ def rows_shape(module: nn.Module, slot: str) -> tuple[int, ...]:
         return shape
     groups: Any = module.groups
     return (shape[1] * groups, shape[0] // groups, *shape[2:])
+
+
+def parts_of(module: nn.Module, slot: str) -> int:
+    """Into how many equal parts, by rows, a weight is cut when it ships.
+
+    >>> parts_of(nn.MultiheadAttention(8, 2), "in_proj_weight"), parts_of(nn.Linear(2, 2), "weight")
+    (3, 1)
+    """
+    if slot == "in_proj_weight":
+        return 3
+    return module.get_parameter(slot).shape[0] if operator_of(module) == "experts" else 1
+
+
+def scales_shape(spec: QuantSpec, module: nn.Module, slot: str) -> tuple[int, int]:
+    """Shape of the row that the scales of a weight (of one part of it) are stored as.
+
+    >>> scales_shape(QuantSpec.parse("nf4/group64/scale(int8/group16)"), nn.Linear(128, 8), "weight")
+    (1, 16)
+    """
+    count = math.prod(spec.granularity.scale_shape(rows_shape(module, slot)))
+    return 1, count // (1 if spec.granularity.kind == "tensor" else parts_of(module, slot))
 
 
 def unknown_subclass(module: nn.Module) -> type[nn.Module] | None:

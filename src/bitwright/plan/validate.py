@@ -5,7 +5,6 @@ Every message names the site, what was asked, what was found and what to do.
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 from torch import nn
@@ -24,6 +23,7 @@ from bitwright.plan.site import (
     operator_of,
     products_of,
     rows_shape,
+    scales_shape,
     slots_of,
     unknown_subclass,
 )
@@ -38,7 +38,12 @@ class Decisions(Protocol):
     observers: dict[str, str]
     ranges: dict[str, str]
     folds: dict[str, str]
+    shared: dict[Site, Site]
     why: dict[Site, str]
+
+    def observer(self, site: Site) -> str:
+        """How the range of a site is found."""
+        ...
 
     def range_rule(self, site: Site) -> str:
         """How the range of a site moves in training."""
@@ -69,16 +74,29 @@ def validate(plan: Decisions, model: nn.Module) -> None:
 
 
 def _check_observers(plan: Decisions) -> None:
-    if set(plan.observers) != {"weight", "input"}:
+    if not {"weight", "input"} <= set(plan.observers):
         raise PlanError(f"observers are chosen for weight and input, found {', '.join(plan.observers) or 'none'}")
-    if plan.observers["weight"] not in WEIGHT_OBSERVERS:
-        raise PlanError(
-            f"unknown weight observer {plan.observers['weight']!r}; weights know {' and '.join(WEIGHT_OBSERVERS)}"
-        )
+    for pattern, name in plan.observers.items():
+        sites = [Site("", pattern)] if pattern in ("weight", "input") else matching(pattern, plan.sites)
+        for site in sites:
+            _check_observer(site, name, f"[observers] {pattern} = {name!r}")
+    for site, leader in plan.shared.items():
+        if plan.observer(site) != plan.observer(leader):
+            raise PlanError(
+                f"[observers] {site} has {plan.observer(site)!r}, but it shares the quantizer of {leader}, which has "
+                f"{plan.observer(leader)!r}; choose one observer for both"
+            )
+
+
+def _check_observer(site: Site, name: str, line: str) -> None:
+    if site.is_weight:
+        if name not in WEIGHT_OBSERVERS:
+            raise PlanError(f"{line}: unknown weight observer {name!r}; weights know {', '.join(WEIGHT_OBSERVERS)}")
+        return
     try:
-        make_observer(plan.observers["input"])
+        make_observer(name)
     except SpecError as cause:
-        raise PlanError(f"observer of inputs: {cause}") from cause
+        raise PlanError(f"{line}: {cause}") from cause
 
 
 def _check_ranges(plan: Decisions) -> None:
@@ -148,6 +166,11 @@ def _check_product(plan: Decisions, path: str, product: Product, module: nn.Modu
     if weight is None and all(spec is None for spec in inputs):
         return
     target = get_target(plan.target)
+    if weight is not None and weight.scale is not None and any(spec is not None for spec in inputs):
+        raise PlanError(
+            f"{path}: products of integers need float32 scales, found weight {weight}; remove /scale(...) or set "
+            f"{' and '.join(str(Site(path, slot)) for slot in product.inputs)} to 'float'"
+        )
     for spec in inputs or [None]:
         if not target.covers(product.op, weight, spec):
             raise PlanError(
@@ -160,14 +183,23 @@ def _check_weight(site: Site, spec: QuantSpec, module: nn.Module) -> None:
     shape = rows_shape(module, site.slot)
     if spec.dynamic:
         raise PlanError(f"{site}: {spec} is dynamic, but weights are stored; remove /dynamic")
-    if spec.scale is not None:
-        raise PlanError(f"{site}: no layer stores quantized scales ({spec}); remove /scale(...)")
     if spec.granularity.kind == "group" and len(shape) != 2:
         raise PlanError(f"{site}: {spec} groups need a 2-d weight, found {list(shape)}; use {spec.format}/channel")
     try:
         spec.granularity.scale_shape(shape)
     except NumericsError as cause:
         raise PlanError(f"{site}: {cause}, or set the site to 'float'") from cause
+    if spec.scale is not None:
+        _check_scales(site, spec, spec.scale, scales_shape(spec, module, site.slot))
+
+
+def _check_scales(site: Site, spec: QuantSpec, scales: QuantSpec, shape: tuple[int, int]) -> None:
+    if scales.scale is not None or scales.format.fit:
+        raise PlanError(f"{site}: {spec} needs scales of scales or a table for them; use e.g. scale(int8/group256)")
+    try:
+        scales.granularity.scale_shape(shape)
+    except NumericsError as cause:
+        raise PlanError(f"{site}: {spec} stores its scales as a row of {shape[1]}: {cause}") from cause
 
 
 def _no_quantized_form(path: str, module: nn.Module) -> str:
