@@ -23,6 +23,7 @@ from bitwright.numerics.affine import choose_qparams
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.train.adarange import adaptive, step
+from bitwright.train.loop import train
 from bitwright.train.schedule import Phase, Schedule
 from nets import calibrated, one_thread  # noqa: F401
 
@@ -251,3 +252,20 @@ def test_two_ranks_with_other_data_decide_alike(tmp_path: Path) -> None:
     for part in ("ends", "decided", "counters", "rows"):
         assert torch.equal(one[f"0.input_quantizer.tracker.{part}"], other[f"0.input_quantizer.tracker.{part}"])
     assert int(one["0.input_quantizer.tracker.counters"][2]) == 160
+
+
+def test_the_loop_lets_adaptive_ranges_learn_in_the_joint_phase_only() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(64, 8)
+    prepared = calibrated(model, Plan.preset("w8a8", model, x, ranges={"input": "adarange"}), [x])
+    seen: list[tuple[int, bool]] = []
+    trackers = [tracker for _, tracker in adaptive(prepared)]
+
+    def note(step: int, _: float) -> None:
+        seen.append((step, any(tracker.learning for tracker in trackers)))
+
+    steps = 400
+    train(prepared, lambda m, b: m(b).square().mean(), [x], schedule=Schedule(steps=steps, lr=1e-3), on_step=note)
+    learned = [step for step, learning in seen if learning]
+    assert learned
+    assert learned[0] >= steps // 4  # not in the warm-up

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import TrainingError
 from bitwright.nn.layer import QLayer, Simulated
+from bitwright.nn.norm import factor_of
 from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import decode, encode
 from bitwright.numerics.spec import QParams
@@ -87,7 +87,8 @@ def dampening(model: nn.Module) -> Tensor:
 def _integer_weights(model: nn.Module) -> Iterator[tuple[str, Simulated, str, Tensor, Quantizer, QParams]]:
     for path, layer, slot, weight, quantizer in quantized_weights(model):
         qparams = quantizer.qparams
-        if quantizer.spec.format.is_integer and qparams is not None:
+        fmt = quantizer.spec.format
+        if fmt.is_integer and fmt.bits <= 8 and qparams is not None:  # neighbours of 16 bits are all but equal
             yield f"{path}.{slot}", layer, slot, weight, quantizer, qparams
 
 
@@ -115,13 +116,6 @@ def _hold(layer: Simulated, slot: str, seen: dict[str, Tensor], quantizer: Quant
     parameter, middle = layer.get_parameter(slot), decode(seen["average"], quantizer.spec, qparams)
     frozen, rows = seen["frozen"], layer.as_rows(parameter)
     if isinstance(layer, QLayer) and layer.norm:
-        factor = _norm_factor(layer.norm[0]).float().view(-1, *[1] * (parameter.dim() - 1))
+        factor = factor_of(layer.norm[0]).float().view(-1, *[1] * (parameter.dim() - 1))
         frozen, middle = frozen & (factor.abs() > 1e-12), middle / factor
     parameter.copy_(layer.from_rows(torch.where(frozen, middle, rows)))
-
-
-def _norm_factor(norm: _BatchNorm) -> Tensor:
-    """What a folded batch norm multiplies each output channel by: ``gamma / sqrt(var + eps)``."""
-    assert norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight.double()

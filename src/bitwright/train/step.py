@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bitwright.errors import TrainingError
 from bitwright.numerics.affine import EPS
+from bitwright.train import adarange
 from bitwright.train.groups import prepared_part, ranges_of, scales_of
 from bitwright.train.oscillation import OscillationTracker
 from bitwright.train.parallel import average_gradients, average_statistics, is_sharded
@@ -45,8 +46,10 @@ class StepRules:
             self.tracker = OscillationTracker(schedule.oscillation)
 
     def before(self, step: int) -> Phase:
-        """Apply the schedule; before the forward."""
-        return self.schedule.apply(self.model, step, self.optimizer)
+        """Apply the schedule and let adaptive ranges choose their mode; before the forward."""
+        phase = self.schedule.apply(self.model, step, self.optimizer)
+        adarange.step(self.model, learn=phase is Phase.JOINT)
+        return phase
 
     def gradients(self) -> None:
         """Average the gradients of learned ranges over ranks and clip them to norm ``max_norm``; after the backward.
