@@ -57,7 +57,7 @@ Folder = Annotated[Path, typer.Argument(help="folder written by an earlier step"
 def plan(
     model: Model,
     data: Data,
-    preset: Annotated[str, typer.Option(help="w8a8, w8a8-dynamic, w4a8, w4a4, w4a16 or fp16")] = "w8a8",
+    preset: Annotated[str, typer.Option(help="w8a8, w8a8-dynamic, w4a8, w4a4, w4a16, nf4, mxfp4, fp8 or fp16")] = "w8a8",
     target: Annotated[str, typer.Option(help="where the model will run")] = "cpu",
     rule: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SPEC, repeatable; later ones win")] = None,
     out: Out = Path("plan.toml"),

@@ -57,6 +57,23 @@ def test_ranges_cover_all_batches_whatever_their_order() -> None:
     assert scales[0] == pytest.approx((joined.max() - joined.min()).item() / 255)
 
 
+def test_every_site_may_have_its_own_observer() -> None:
+    net = nn.Sequential(nn.Linear(16, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    observers = {"input": "minmax", "2.input": "fixed:0,1", "4.input": "mse:low=-0.169971", "2.weight": "minmax"}
+    model, x = prepared(net, observers=observers), torch.randn(64, 16)
+    calibrate(model, [x])
+    scales = [model[i].input_quantizer.scale.item() for i in (0, 2)]
+    assert scales == pytest.approx([(x.max() - x.min()).item() / 255, 1 / 255])
+    low = model[4].input_quantizer.qparams
+    assert (-low.zero_point * low.scale).item() == pytest.approx(-0.169971, abs=low.scale.item())
+    widest = net[2].weight.abs().amax(1, keepdim=True) / 127
+    assert torch.equal(model[2].weight_quantizer.scale, widest)
+    assert not torch.equal(model[0].weight_quantizer.scale, net[0].weight.abs().amax(1, keepdim=True) / 127)
+    wrong = prepared(net, observers={"0.input": "fixed:0,1"})
+    with pytest.raises(CalibrationError, match=r"^0\.input: observer fixed:0,1 fixes an end that the data passes"):
+        calibrate(wrong, [x])
+
+
 def test_batches_may_be_tensors_tuples_dicts_or_anything_with_a_forward() -> None:
     x = torch.randn(4, 16)
     results = []

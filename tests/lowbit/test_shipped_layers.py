@@ -41,6 +41,12 @@ def ship(layer: nn.Module, weight: str, input: str | None, x: Tensor, features: 
         (nn.Linear(6, 4), "int8/channel", "int8/token/dynamic", LowbitLinear, "packed weight_scale bias"),
         (nn.Conv1d(3, 4, 2), "ternary/channel", "uint8", LowbitConv, "packed weight_scale bias input_scale"),
         (nn.Embedding(5, 6), "nf4/channel", None, LowbitEmbedding, "packed weight_scale"),
+        (nn.Embedding(5, 6), "kmeans2/channel", None, LowbitEmbedding, "packed weight_scale weight_codebook"),
+        (nn.Linear(6, 4), "nf4/group2/scale(int8)", None, LowbitLinear,
+         "packed weight_scale_packed weight_scale_scale bias"),
+        (nn.Linear(6, 4), "nf4/group2/scale(uint8/group2/asym)", None, LowbitLinear,
+         "packed weight_scale_packed weight_scale_scale weight_scale_zero_point bias"),
+        (nn.Linear(6, 4), "fp4/group2/scale(e8m0)", None, LowbitLinear, "packed weight_scale_packed bias"),
     ],
 )  # fmt: skip
 def test_only_packed_numbers_are_kept_and_saved(

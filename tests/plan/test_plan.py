@@ -185,6 +185,17 @@ def test_explanations_say_decision_reason_range_sharing_and_fold():
     assert "shares the quantizer of a.weight" in tied.explain("b.weight")
 
 
+def test_observers_are_chosen_per_site_and_the_last_line_wins():
+    plan = cnn_plan(
+        observers={"input": "percentile:99.9", "layers.*.conv2.input": "minmax", "*1.conv2.*put": "mse:low=0"}
+    )
+    found = {name: plan.observer(Site(name, "input")) for name in ("stem", "layers.0.conv2", "layers.1.conv2")}
+    assert found == {"stem": "percentile:99.9", "layers.0.conv2": "minmax", "layers.1.conv2": "mse:low=0"}
+    assert plan.observer(Site("layers.1.conv2", "weight")) == "mse"
+    assert "\n  range: mse:low=0\n" in plan.explain("layers.1.conv2.input")
+    assert Plan.from_toml(plan.to_toml()) == plan
+
+
 def test_an_explanation_is_for_one_site_that_exists():
     with pytest.raises(PlanError, match=r"'stem\.wait' matches none of the 24 sites; near names: stem\.weight"):
         cnn_plan().explain("stem.wait")

@@ -127,7 +127,7 @@ def _run_native_conv(
 
 
 def _pack_codes(weight: QTensor, groups: int) -> Packed:
-    """One byte per code (two for 16 bits, four for uint16, which torch cannot gather), with its scales in float32."""
+    """One byte per code (two for 16 bits, four for uint16, which few operators of torch take); float32 scales."""
     fmt, qparams = weight.spec.format, weight.qparams
     dtype = fmt.dtype or (torch.int8 if fmt.qmin < 0 else torch.uint8)
     if fmt.is_integer and fmt.bits > 8:

@@ -81,7 +81,7 @@ def _check_observers(plan: Decisions) -> None:
         for site in sites:
             _check_observer(site, name, f"[observers] {pattern} = {name!r}")
     for site, leader in plan.shared.items():
-        if plan.observer(site) != plan.observer(leader):
+        if plan.sites.get(site) is not None and plan.observer(site) != plan.observer(leader):
             raise PlanError(
                 f"[observers] {site} has {plan.observer(site)!r}, but it shares the quantizer of {leader}, which has "
                 f"{plan.observer(leader)!r}; choose one observer for both"
