@@ -40,6 +40,12 @@ struct Avx2 {
         _mm256_storeu_ps(p + 8, v.hi);
     }
     static BW_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+    static BW_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+    // v where a <= b, else 0
+    static BW_INLINE F keep(F v, F a, F b) {
+        return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LE_OQ), v.lo),
+                _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LE_OQ), v.hi)};
+    }
     static BW_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
     static BW_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
     static BW_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }

@@ -23,7 +23,12 @@ struct Avx512 {
     static BW_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
     static BW_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
     static BW_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static BW_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static BW_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    // v where a <= b, else 0
+    static BW_INLINE F keep(F v, F a, F b) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), v);
+    }
     static BW_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
     static BW_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     static BW_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }

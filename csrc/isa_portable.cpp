@@ -49,6 +49,13 @@ struct Portable {
     static BW_INLINE F add(const F& a, const F& b) {
         return each<F>([&](int i) { return a.v[i] + b.v[i]; });
     }
+    static BW_INLINE F sub(const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] - b.v[i]; });
+    }
+    // v where a <= b, else 0
+    static BW_INLINE F keep(const F& v, const F& a, const F& b) {
+        return each<F>([&](int i) { return a.v[i] <= b.v[i] ? v.v[i] : 0.0f; });
+    }
     static BW_INLINE F mul(const F& a, const F& b) {
         return each<F>([&](int i) { return a.v[i] * b.v[i]; });
     }

@@ -43,35 +43,34 @@ void centred_codes(const float* x, int64_t count, const Quantizer& quantizer, fl
 // One block of the table in numerics/ste.py: gradient to x, and the three sums of the gradient.
 template <class S, bool LEARNED>
 struct StraightThrough {
-    const Quantize<S> quantize;
-    const typename S::F wide_low;
-    const typename S::F wide_high;
-    const float low, high;
-    float inside[kLanes] = {};
-    float below[kLanes] = {};
-    float above[kLanes] = {};
+    using F = typename S::F;
+    const F scale;
+    const F low, high;            // of the codes
+    const F wide_low, wide_high;  // what rounding may see: far enough outside to be clipped, small enough to convert
+    F inside = S::set(0.0f);
+    F below = S::set(0.0f);
+    F above = S::set(0.0f);
 
     BW_INLINE explicit StraightThrough(const Quantizer& q)
-        : quantize(q), wide_low(S::set(q.low - 2.0f)), wide_high(S::set(q.high + 2.0f)), low(q.low), high(q.high) {}
+        : scale(S::set(q.scale)),
+          low(S::set(q.low)),
+          high(S::set(q.high)),
+          wide_low(S::set(q.low - 2.0f)),
+          wide_high(S::set(q.high + 2.0f)) {}
 
-    BW_INLINE void block(const float* g, const float* x, float* dx) {
-        float steps[kLanes];
-        float codes[kLanes];
-        const typename S::F real = S::div(S::load(x), quantize.scale);
-        S::store(steps, real);
-        S::store(codes, S::to_float(S::round(S::min(S::max(real, wide_low), wide_high))));
-        for (int j = 0; j < kLanes; ++j) {
-            const float at = LEARNED ? steps[j] : codes[j];
-            dx[j] = at >= low && at <= high ? g[j] : 0.0f;
+    BW_INLINE F block(F g, F x) {
+        const F steps = S::div(x, scale);
+        const F codes = S::to_float(S::round(S::min(S::max(steps, wide_low), wide_high)));
+        const F at = LEARNED ? steps : codes;
+        if (LEARNED) {
+            const F under = S::keep(g, steps, low);
+            const F over = S::keep(g, high, steps);
+            const F within = S::sub(S::sub(g, under), over);
+            inside = S::add(inside, S::mul(within, S::sub(codes, steps)));
+            below = S::add(below, under);
+            above = S::add(above, over);
         }
-        if (!LEARNED) return;
-        for (int j = 0; j < kLanes; ++j) {
-            const bool under = steps[j] <= low;
-            const bool over = steps[j] >= high;
-            inside[j] += under || over ? 0.0f : g[j] * (codes[j] - steps[j]);
-            below[j] += under ? g[j] : 0.0f;
-            above[j] += over ? g[j] : 0.0f;
-        }
+        return S::keep(S::keep(g, low, at), at, high);
     }
 };
 
@@ -80,27 +79,25 @@ void straight_through_run(const Gradient& job) {
     StraightThrough<S, LEARNED> ste(job.quantizer);
     float g[kLanes] = {};
     float x[kLanes] = {};
-    float dx[kLanes];
     for (int64_t i = 0; i < job.count; i += kLanes) {
         const int64_t n = job.count - i < kLanes ? job.count - i : kLanes;
         if (n == kLanes && job.wide != nullptr) {
-            ste.block(job.wide + i, job.x + i, job.dx + i);
+            S::store(job.dx + i, ste.block(S::load(job.wide + i), S::load(job.x + i)));
             continue;
         }
         for (int64_t j = 0; j < kLanes; ++j) {
             g[j] = j >= n ? 0.0f : job.wide != nullptr ? job.wide[i + j] : widen(job.narrow[i + j]);
             x[j] = j < n ? job.x[i + j] : 0.0f;
         }
-        ste.block(g, x, dx);
-        for (int64_t j = 0; j < n; ++j) job.dx[i + j] = dx[j];
+        S::store(g, ste.block(S::load(g), S::load(x)));
+        for (int64_t j = 0; j < n; ++j) job.dx[i + j] = g[j];
     }
-    double sums[3] = {};
-    for (int j = 0; j < kLanes; ++j) {
-        sums[0] += static_cast<double>(ste.inside[j]);
-        sums[1] += static_cast<double>(ste.below[j]);
-        sums[2] += static_cast<double>(ste.above[j]);
+    const typename S::F parts[3] = {ste.inside, ste.below, ste.above};
+    for (int k = 0; k < 3; ++k) {
+        S::store(g, parts[k]);
+        job.sums[k] = 0.0;
+        for (float lane : g) job.sums[k] += static_cast<double>(lane);
     }
-    for (int j = 0; j < 3; ++j) job.sums[j] = sums[j];
 }
 
 template <class S>
