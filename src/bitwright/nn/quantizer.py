@@ -93,7 +93,9 @@ class Quantizer(nn.Module):
     def qparams(self) -> QParams | None:
         """Scale, rounded to how it is stored, zero point and table, constants for autograd; None for dynamic specs."""
         raw = self.raw_qparams
-        return None if raw is None else replace(raw, scale=snap_scale(raw.scale, self.spec))
+        if raw is None or self.spec.scale is None:
+            return raw
+        return replace(raw, scale=snap_scale(raw.scale, self.spec))
 
     @property
     def raw_qparams(self) -> QParams | None:
