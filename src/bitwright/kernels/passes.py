@@ -148,6 +148,7 @@ _OPERATORS = [
         _straight_through,
         _straight_through_shape,
     ),
+    ("snapshot(Tensor x) -> Tensor", torch.clone, torch.empty_like),
     (
         "moments(Tensor y, Tensor origin) -> Tensor",
         _moments,

@@ -39,7 +39,9 @@ def training_factor(norm: _BatchNorm) -> Tensor:
     """`factor_of`, float64, with the channels of gamma = 0 folded as if gamma were 1."""
     factor = factor_of(norm)
     assert norm.running_var is not None
-    return torch.where(factor.abs() > _DEAD, factor, (norm.running_var.double() + norm.eps).rsqrt())
+    alive = torch.where(factor.abs() > _DEAD, factor, (norm.running_var.double() + norm.eps).rsqrt())
+    # A compiled backward would compute it again, from the running variance that the forward has updated by then.
+    return torch.ops.bitwright.snapshot(alive)
 
 
 def normalize(norm: _BatchNorm, a: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
