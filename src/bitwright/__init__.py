@@ -14,8 +14,8 @@ from bitwright.flow.convert import convert
 from bitwright.flow.coverage import coverage
 from bitwright.flow.evaluate import compare, evaluate, item_scores, paired_drop
 from bitwright.flow.prepare import prepare
-from bitwright.graph.dataflow import record
 from bitwright.graph.calls import Add, Attention, Cat, MatMul
+from bitwright.graph.dataflow import record
 from bitwright.nn.swap import register_module
 from bitwright.numerics.qtensor import QTensor, dequantize, quantize
 from bitwright.numerics.spec import QuantSpec

@@ -37,6 +37,7 @@ from bitwright.kernels.cpu import cpu_features
 from bitwright.kernels.table import KERNELS
 from bitwright.kernels.table import explain as explain_kernels
 from bitwright.plan.plan import Plan
+from bitwright.plan.presets import PRESETS
 from bitwright.plan.site import Site, matching, operator_of, rows_shape
 from bitwright.train.loop import train as train_model
 from bitwright.train.schedule import Schedule
@@ -57,7 +58,7 @@ Folder = Annotated[Path, typer.Argument(help="folder written by an earlier step"
 def plan(
     model: Model,
     data: Data,
-    preset: Annotated[str, typer.Option(help="w8a8, w8a8-dynamic, w4a8, w4a4, w4a16, nf4, mxfp4, fp8 or fp16")] = "w8a8",
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "w8a8",
     target: Annotated[str, typer.Option(help="where the model will run")] = "cpu",
     rule: Annotated[list[str] | None, typer.Option("--set", help="PATTERN=SPEC, repeatable; later ones win")] = None,
     out: Out = Path("plan.toml"),

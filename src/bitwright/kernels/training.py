@@ -154,8 +154,9 @@ def _values(
     """Codes of ``x`` and the factor that makes them values; with one scale per token: values, and no factor."""
     if scale.numel() == 1:
         return torch.ops.bitwright.centred_codes(x, scale, zero, bounds, dtype is torch.bfloat16), scale
-    shift = 0.0 if zero is None else zero
-    return ((x / scale).round().clamp(bounds[0] - shift, bounds[1] - shift) * scale).to(dtype), None
+    shift = torch.zeros_like(scale) if zero is None else zero
+    codes = torch.clamp((x / scale).round(), bounds[0] - shift, bounds[1] - shift)
+    return (codes * scale).to(dtype), None
 
 
 def _through(
