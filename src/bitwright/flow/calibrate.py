@@ -17,9 +17,10 @@ from bitwright.flow.prepare import plan_of
 from bitwright.graph.dataflow import call, evaluating
 from bitwright.nn.layer import Simulated, quantizer_name
 from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.histogram import all_reduce
-from bitwright.plan.site import Site
-from bitwright.plan.validate import validate
+from bitwright.plan.site import OPERATORS, PRODUCTS, Site
+from bitwright.plan.target import get_target, spelled
 
 
 def calibrate(
@@ -143,10 +144,21 @@ def _fall_back(model: nn.Module, layers: Mapping[str, Simulated], missed: list[s
         quantizer.fall_back_to_dynamic()
         for site in (site for site in sites if _serves(layers, site, quantizer)):
             sites[site], why[site] = quantizer.spec, reason
+            _check_target(plan.target, sites, site, layers[site.path])
     if fallen:
-        plan = replace(plan, sites=sites, why=why)
-        validate(plan, model)
-        model.bitwright_plan = plan  # type: ignore[assignment]
+        model.bitwright_plan = replace(plan, sites=sites, why=why)  # type: ignore[assignment]
+
+
+def _check_target(name: str, sites: Mapping[Site, QuantSpec | None], site: Site, layer: Simulated) -> None:
+    """Raise `CalibrationError` where the target cannot run a layer with the range of a live tensor."""
+    op = next(op for cls, op in OPERATORS.items() if isinstance(layer, cls))
+    for product in PRODUCTS[op](layer):
+        weight = None if product.weight is None else sites.get(Site(site.path, product.weight))
+        if site.slot in product.inputs and not get_target(name).covers(product.op, weight, sites[site]):
+            raise CalibrationError(
+                f"{site}: no calibration batch reached it, and target {name} has no {product.op} kernel for "
+                f"{spelled(sites[site])}; add batches that reach it, or set {site.path}.* to 'float'"
+            )
 
 
 def _serves(layers: Mapping[str, Simulated], site: Site, quantizer: Quantizer) -> bool:
