@@ -47,7 +47,6 @@ UNREADABLE = {
     "target as list": "version = 1\ntarget = ['cpu']\n",
     "target as path": 'version = 1\ntarget = "../targets/cpu"\n',
     "target absolute": 'version = 1\ntarget = "/etc/passwd"\n',
-    "unknown observer slot": HEAD + '[observers]\nbias = "mse"\n',
     "observer as number": HEAD + "[observers]\nweight = 1\n",
     "shared with nothing": HEAD + '[sites]\n"0.weight" = "int8"\n[shared]\n"0.weight" = "9.weight"\n',
     "fold of nothing": HEAD + '[folds]\n"0" = "1"\n',
@@ -104,7 +103,7 @@ MISPLACED = {
     "add with weight": {"add_0.weight": "int8/channel"},
     "huge name": {"a" * 100_000 + ".weight": "int8/channel"},
     "dynamic weight": {"0.weight": "int8/dynamic"},
-    "quantized scales": {"0.weight": "nf4/group16/scale(int8/group32)", "0.input": "float"},
+    "quantized scales": {"0.weight": "nf4/group16/scale(int8/group7)", "0.input": "float"},
     "large group": {"0.weight": "int4/group999999999", "0.input": "float"},
     "float weight, quantized input": {"0.weight": "float"},
 }

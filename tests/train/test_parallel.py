@@ -73,8 +73,8 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
-def schedule() -> Schedule:
-    return Schedule(steps=STEPS, lr=1.0, sensitivity=KEEP)
+def schedule(*, freeze_norms: float | None = None) -> Schedule:
+    return Schedule(steps=STEPS, lr=1.0, sensitivity=KEEP, freeze_norms=freeze_norms)
 
 
 def score(model: nn.Module) -> float:
@@ -87,10 +87,11 @@ def shipped(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_ddp(rank: int, folder: str, *, lonely: bool = True) -> dict[str, Any]:
+    """Without the lonely norm, the others are frozen too: unfrozen norms normalise with their rank's part."""
     model = ready(half(rank), lonely=lonely)
     start = copy.deepcopy(model.state_dict())
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    history = train(wrapped, loss, half(rank), schedule=schedule())
+    history = train(wrapped, loss, half(rank), schedule=schedule(freeze_norms=None if lonely else 0.0))
     assert unequal_kernels(model, [data()[0][0]]) == []
     return {
         "start": start,
@@ -150,7 +151,7 @@ def with_shards(rank: int, folder: str) -> dict[str, Any]:
     for layer in (model.conv1, model.conv2, model.fc):
         fully_shard(layer)
     fully_shard(model)
-    train(model, loss, half(rank), schedule=schedule())
+    train(model, loss, half(rank), schedule=schedule(freeze_norms=0.0))
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
     state = get_model_state_dict(model, options=options)
     whole.load_state_dict(state)
@@ -224,7 +225,7 @@ def test_ranks_end_with_the_same_bits(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("scene", ["with_ddp_and_folded_norms", "with_shards"])
 def test_they_agree_with_one_process_on_the_whole_batches(scene: str, ranks: list[dict[str, Any]]) -> None:
     alone = ready(data(), lonely=False)
-    train(alone, loss, data(), schedule=schedule())
+    train(alone, loss, data(), schedule=schedule(freeze_norms=0.0))
     for name, value in alone.state_dict().items():
         found = ranks[0][scene]["model"][name]
         if value.is_floating_point():
