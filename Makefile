@@ -15,8 +15,8 @@ setup: .venv/.ready          ## environment with everything, native kernels incl
 demo: setup                  ## the whole line on handwritten digits; writes report/report.html
 	$(BIN)/bitwright demo
 
-test: setup                  ## all tests
-	$(BIN)/pytest
+test: setup                  ## all tests, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 tiny: setup                  ## the tests that take less than a minute together
 	$(BIN)/pytest -m "not slow and not shared_data"

@@ -12,12 +12,12 @@ Writes results/qat_step.json.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +90,17 @@ def peak_megabytes(name: str, variant: str, threads: int) -> float:
 
 def print_peak(name: str, variant: str) -> None:
     step = Step(name, variant)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_resident("VmHWM") - before)
+
+
+def _resident(field: str) -> float:
+    """Megabytes of resident memory: now (VmRSS) or at most (VmHWM). A child's ru_maxrss would hold its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def main() -> None:
@@ -120,6 +127,8 @@ def main() -> None:
                 start = time.perf_counter()
                 step()
                 seconds[variant].append(time.perf_counter() - start)
+        for variant in steps:
+            print(f"{name} {variant}: {1e3 * statistics.median(seconds[variant]):.0f} ms", flush=True)
         peaks = {variant: peak_megabytes(name, variant, options.threads) for variant in steps}
         for variant in steps:
             ratios = sorted(a / b for a, b in zip(seconds[variant], seconds["float32"], strict=True))
