@@ -144,6 +144,13 @@ void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_
     const int mask = (1 << bits) - 1;
     for (int64_t row = 0; row < n; ++row) {
         uint8_t* block = out + row / kLanes * groups * kGroupBytes + row % kLanes * 4;
+        if (bits == 8) {  // whole steps are copied: training packs its weights in every forward
+            for (int64_t i = 0; i < k; i += 4) {
+                const size_t bytes = static_cast<size_t>(std::min<int64_t>(4, k - i));
+                std::memcpy(block + i / 4 * kGroupBytes, codes + row * k + i, bytes);
+            }
+            continue;
+        }
         for (int64_t i = 0; i < k; ++i) {
             const int code = codes[row * k + i];
             require(code >= -half && code < half, "a weight code does not fit in its bits");
