@@ -1,4 +1,4 @@
-"""`QConv1d` and `QConv2d`: convolutions that compute with codes."""
+"""`QConv1d`, `QConv2d` and `QConv3d`: convolutions that compute with codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pad(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class _QConv(QLayer):
-    """The forward of both: 1-d inputs are treated as images of height 1."""
+    """The forward of all: 1-d inputs are treated as images of height 1."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """``[n, c, ...] -> [n, o, ...]`` (a missing batch axis is allowed, as in `nn.Conv2d`)."""
@@ -85,3 +85,7 @@ class QConv1d(_QConv, nn.Conv1d):
 
 class QConv2d(_QConv, nn.Conv2d):
     """`nn.Conv2d` on codes."""
+
+
+class QConv3d(_QConv, nn.Conv3d):
+    """`nn.Conv3d` on codes."""

@@ -130,7 +130,7 @@ class QLayer(Simulated):
         assert quantize_input is not None
         assert quantize_weight is not None
         x, flat = x.float(), geometry is not None and weight.dim() == 3
-        if training.serves(x, weight, quantize_input.spec, quantize_weight.spec):
+        if weight.dim() < 5 and training.serves(x, weight, quantize_input.spec, quantize_weight.spec):
             operands = quantize_input.operand(x), quantize_weight.operand(weight)
             return training.product(x, weight.unsqueeze(2) if flat else weight, bias, *operands, geometry)
         filters = quantize_weight(weight)
@@ -138,7 +138,8 @@ class QLayer(Simulated):
             filters = filters._replace(values=filters.values.unsqueeze(2))
         if geometry is None:
             return reference.linear(quantize_input(x), filters, bias)
-        return reference.conv2d(quantize_input(x), filters, bias, geometry)
+        convolve = reference.conv3d if weight.dim() == 5 else reference.conv2d
+        return convolve(quantize_input(x), filters, bias, geometry)
 
     def on_grid(self, bias: Tensor | None) -> Tensor | None:
         """The bias as an integer runtime holds it: a multiple of ``s_x * s_w``, the step of the accumulator.

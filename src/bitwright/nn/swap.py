@@ -14,8 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from bitwright.errors import ModelError
 from bitwright.graph.calls import Add, Attention, Cat, MatMul
 from bitwright.nn.attention import QAttention, QMatMul
-from bitwright.nn.conv import QConv1d, QConv2d
-from bitwright.nn.conv3d import QConv3d
+from bitwright.nn.conv import QConv1d, QConv2d, QConv3d
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.embedding import QEmbedding, QEmbeddingBag
 from bitwright.nn.experts import QExperts
