@@ -152,11 +152,8 @@ def run(steps: int, pairs: int, test_pairs: int | None, size: int = 32) -> dict[
         results[f"{preset} ptq"] = test.measure(bw.convert(model))
         results[f"{preset} ptq trained vs shipped"] = differences(model, bw.convert(model), calibration[0])
         print(preset, "ptq", results[f"{preset} ptq"], results[f"{preset} ptq trained vs shipped"])
-        if preset == "w8a8":
-            continue
         start = time.perf_counter()
-        # Adam takes steps of one size whatever the gradient, which scales of 1e-3 would not survive: they stay fixed.
-        schedule = bw.Schedule(steps=steps, lr=0.005, shares=(1.0, 0.0, 0.0))
+        schedule = bw.Schedule(steps=steps, lr=0.005)
         history = bw.train(
             model,
             distance,

@@ -38,6 +38,7 @@ from bitwright.train.groups import (
 )
 from bitwright.train.oscillation import Oscillation
 from bitwright.train.precision import Precision, set_bits
+from bitwright.train.relative import make_relative
 
 
 class Phase(enum.Enum):
@@ -130,7 +131,7 @@ class Schedule:
         return rate * (step + 1) / (ramp + 1) if step < ramp else rate
 
     def optimizer(self, model: nn.Module, *, momentum: float = 0.9, weight_decay: float = 1e-4) -> torch.optim.SGD:
-        """SGD over `param_groups`; Adam would rescale away the gradient gain of learned scales."""
+        """SGD over `param_groups`; under Adam, learned ranges move as `train.relative` says."""
         return torch.optim.SGD(param_groups(model, weight_decay), lr=self.lr_at(0), momentum=momentum)
 
     def apply(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> Phase:
@@ -155,6 +156,7 @@ class Schedule:
         if self.precision is not None:
             set_bits(model, self.precision, step, self.steps)
         if optimizer is not None:
+            make_relative(model, optimizer)
             for group in optimizer.param_groups:
                 _set_rate(group, self.lr_at(step))
         return phase
