@@ -4,11 +4,11 @@ The straight line: `Plan` -> `prepare` -> `calibrate` -> `train` -> `convert` ->
 call, `quantize_model`.
 """
 
+from bitwright.algorithms.pipeline import calibrate
 from bitwright.auto import Result, quantize_model
 from bitwright.bench.measure import Measurement, measure
 from bitwright.errors import BitwrightError
 from bitwright.export.onnx import export
-from bitwright.flow.calibrate import calibrate
 from bitwright.flow.checkpoint import load, load_weights, save
 from bitwright.flow.convert import convert
 from bitwright.flow.coverage import coverage

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from bitwright.errors import BitwrightError, PlanError
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.presets import propose
 from bitwright.plan.site import Site, check_preparable, matching
+from bitwright.plan.step import Step, Value, as_step
 from bitwright.plan.target import get_target, spelled
 from bitwright.plan.validate import validate
 
@@ -34,7 +35,7 @@ Rules = Mapping[str, "str | QuantSpec | None"]
 
 @dataclass
 class Plan:
-    """What every site becomes (None = stays float, said aloud), for which target, with which observers."""
+    """What every site becomes (None = stays float, said aloud), for which target, with which observers and steps."""
 
     target: str
     sites: dict[Site, QuantSpec | None]
@@ -43,6 +44,7 @@ class Plan:
     folds: dict[str, str] = field(default_factory=dict)
     shared: dict[Site, Site] = field(default_factory=dict)
     why: dict[Site, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     @classmethod
     def preset(
@@ -55,12 +57,14 @@ class Plan:
         sites: Rules | None = None,
         observers: Mapping[str, str] | None = None,
         ranges: Mapping[str, str] | None = None,
+        steps: Iterable[Step | str | Mapping[str, Value]] = (),
     ) -> Plan:
         """The plan that preset ``name`` gives for ``model``, found by running it once on ``example``.
 
         ``example`` is one batch of inputs: a tensor, a tuple of positional or a dict of keyword arguments. ``sites``
         are rules applied on top, as in `with_sites`; ``observers`` and ``ranges`` say how ranges are found by
-        calibration and move in training, for all or by patterns over sites (see `observer` and `range_rule`).
+        calibration and move in training, for all or by patterns over sites (see `observer` and `range_rule`); ``steps``
+        are what calibration does beside choosing ranges (see `plan.step`).
         Raises `PlanError` or `ModelError` when the result could not run.
 
         >>> import torch
@@ -80,6 +84,7 @@ class Plan:
             found.folds,
             found.shared,
             found.why,
+            tuple(as_step(step) for step in steps),
         ).with_sites(sites or {})
         validate(plan, model)
         return plan
@@ -165,6 +170,9 @@ class Plan:
                 f"[{name}]",
                 *(f"{_quoted(key)} = {_quoted(value)}" for key, value in table.items()),
             ]
+        for step in self.steps:
+            options = {"name": step.name, **step.options}
+            lines += ["", "[[steps]]", *(f"{key} = {json.dumps(value)}" for key, value in options.items())]
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -183,10 +191,11 @@ class Plan:
             data = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as cause:
             raise PlanError(f"not a TOML text: {cause}") from cause
-        unknown = set(data) - {"version", "target", "observers", "ranges", "sites", "folds", "shared", "why"}
+        known = {"version", "target", "observers", "ranges", "sites", "folds", "shared", "why", "steps"}
+        unknown = set(data) - known
         if unknown or data.get("version") != VERSION:
             raise PlanError(
-                f"expected version = {VERSION} and the tables observers, ranges, sites, folds, shared, why; "
+                f"expected version = {VERSION} and the tables observers, ranges, sites, folds, shared, why, steps; "
                 f"found version = {data.get('version')!r} and {', '.join(sorted(unknown)) or 'no other tables'}"
             )
         plan = cls(
@@ -197,6 +206,7 @@ class Plan:
             _table(data, "folds"),
             {Site.parse(site): Site.parse(leader) for site, leader in _table(data, "shared").items()},
             {Site.parse(site): why for site, why in _table(data, "why").items()},
+            tuple(as_step(step) for step in data.get("steps", ())),
         )
         for key, value in _table(data, "sites").items():
             spec = read_spec(value)

@@ -1,0 +1,124 @@
+"""`calibrate`: choose all ranges, and run the steps of the plan around that.
+
+The straight line calls this one; `flow.calibrate` is its middle part. What each step did to each layer, or why it could
+do nothing, is kept on the model: `outcomes`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from bitwright.algorithms.bias import bias_correction
+from bitwright.algorithms.layers import Layer, NotApplicableError
+from bitwright.algorithms.lockstep import Forward, run_counts, visits
+from bitwright.errors import CalibrationError
+from bitwright.flow import calibrate as ranges
+from bitwright.flow.prepare import plan_of
+from bitwright.graph.dataflow import call
+from bitwright.nn.layer import QLayer, Simulated
+from bitwright.plan.step import Step, Value
+
+LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], None]] = {"bias_correction": bias_correction}
+"""Methods of the moment ``layer``: they change the layer, or raise `NotApplicableError` with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step did at a path: relative squared errors of the output before and after, or why it did nothing."""
+
+    step: str
+    path: str
+    before: float | None = None
+    after: float | None = None
+    skipped: str = ""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    *,
+    forward: Callable[[nn.Module, Any], Any] = call,
+    unseen: Literal["raise", "dynamic"] = "raise",
+    on_layer: Callable[[str, int, int], None] | None = None,
+) -> list[str]:
+    """Choose all scales of a prepared model and run the steps of its plan, in place.
+
+    A batch is what the model takes (a tensor, a tuple of positional or a dict of keyword arguments); for other data
+    pass ``forward``, e.g. ``lambda model, batch: model(batch[0])``. Plans without static activations and without steps
+    need no batches. With steps, batches are kept: they are run several times. Runs in eval mode without gradients.
+
+    Returns the paths of quantized modules that no batch reached (and experts of a mixture that no token reached, which
+    use the ranges of the others): with ``unseen="dynamic"`` their activations take their range from each live tensor
+    from now on, in model and plan; with ``"raise"`` they are an error. ``on_layer(path, done, total)`` shows progress.
+
+    Raises `CalibrationError` for no batches, values that are not finite, batches that do not fit, and modules that
+    never ran; without steps the model then still computes in float, with steps prepare it anew.
+    """
+    steps = plan_of(model).steps
+    if not steps:
+        return ranges.calibrate(model, batches, forward=forward, unseen=unseen)
+    batches = list(batches)
+    if not batches:
+        raise CalibrationError(f"step {steps[0].name} of the plan needs data; pass calibration batches")
+    missed = ranges.calibrate(model, batches, forward=forward, unseen=unseen)
+    found: list[Outcome] = []
+    chosen = [step for step in steps if step.method.moment == "layer"]
+    if chosen:
+        found += _layer_steps(model, batches, forward, chosen, on_layer or (lambda *_: None))
+    model.bitwright_outcomes = tuple(found)  # type: ignore[assignment]
+    return missed
+
+
+def outcomes(model: nn.Module) -> tuple[Outcome, ...]:
+    """What the steps of a calibrated model did, layer by layer, in the order they ran."""
+    return getattr(model, "bitwright_outcomes", ())
+
+
+def _layer_steps(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    steps: Sequence[Step],
+    on_layer: Callable[[str, int, int], None],
+) -> list[Outcome]:
+    refused = _refused(model, batches[0], forward)
+    layers = [path for path, module in model.named_modules() if isinstance(module, QLayer) and path not in refused]
+    found = [Outcome(step.name, path, skipped=reason) for path, reason in refused.items() for step in steps]
+    for visit in visits(model, batches, forward, layers):
+        on_layer(visit.path, visit.done, visit.total)
+        assert isinstance(visit.module, QLayer)
+        layer = Layer(visit, visit.module)
+        before = layer.error()
+        for step in steps:
+            try:
+                LAYER[step.name](layer, step.settings)
+            except NotApplicableError as reason:
+                found.append(Outcome(step.name, visit.path, skipped=str(reason)))
+            else:
+                after = layer.error()
+                found.append(Outcome(step.name, visit.path, before, after))
+                before = after
+    return found
+
+
+def _refused(model: nn.Module, batch: Any, forward: Forward) -> dict[str, str]:
+    """Quantized modules that no method of a layer can work on, with the reason."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Simulated)}
+    counts = run_counts(model, batch, forward, layers)
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    refused = {}
+    for path, module in layers.items():
+        if not module.quantized_weights():
+            continue
+        if not isinstance(module, QLayer):
+            refused[path] = "its products lie inside the module"
+        elif counts[path] > 1:
+            refused[path] = f"it runs {counts[path]} times in one forward"
+        elif any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+            refused[path] = "it shares its weight with another module"
+    return refused
