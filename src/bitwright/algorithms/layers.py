@@ -121,7 +121,7 @@ def write_weight(module: QLayer, weight: Tensor, quantizer: Quantizer) -> None:
 
 @torch.no_grad()
 def add_to_bias(module: QLayer, change: Tensor) -> None:
-    """Add ``change [o]`` to the layer's output per channel; raises `NotApplicableError` for a layer without any bias."""
+    """Add ``change [o]`` to the layer's output per channel; raises `NotApplicableError` where there is no bias."""
     held = module.norm[0].bias if module.norm else module.bias
     if held is None:
         raise NotApplicableError("it has no bias")

@@ -206,7 +206,7 @@ class Plan:
             _table(data, "folds"),
             {Site.parse(site): Site.parse(leader) for site, leader in _table(data, "shared").items()},
             {Site.parse(site): why for site, why in _table(data, "why").items()},
-            tuple(as_step(step) for step in data.get("steps", ())),
+            _steps(data),
         )
         for key, value in _table(data, "sites").items():
             spec = read_spec(value)
@@ -240,6 +240,13 @@ def _table(data: dict[str, Any], name: str) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise PlanError(f'[{name}] must hold lines of the form "key" = "text"')
     return table
+
+
+def _steps(data: dict[str, Any]) -> tuple[Step, ...]:
+    steps = data.get("steps", [])
+    if not isinstance(steps, list):
+        raise PlanError("steps are written as [[steps]], one table each, with a name")
+    return tuple(as_step(step) for step in steps)
 
 
 def _quoted(text: str) -> str:
