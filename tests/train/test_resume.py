@@ -144,6 +144,10 @@ def test_another_plan_is_refused_and_named(tmp_path: Path) -> None:
     )
     with pytest.raises(TrainingError, match=message):
         partly(tmp_path, None, model=model)
+    model = start()
+    model.bitwright_plan.ranges["fc.input"] = "pact"  # type: ignore[union-attr]
+    with pytest.raises(TrainingError, match=r"was written with lsq.*, but .* trains the range of fc\.input by pact"):
+        partly(tmp_path, None, model=model)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def _identity(run: Run) -> dict[str, Any]:
     groups = [len(group["params"]) for group in run.optimizer.param_groups]
     return {
         "plan": {str(site): spelled(spec) for site, spec in plan.sites.items()},
+        "ranges": {str(site): plan.range_rule(site) for site, spec in plan.sites.items() if spec is not None},
         "schedule": _fields(run.schedule),
         "optimizer": f"{type(run.optimizer).__name__} over groups of {groups} parameters",
         "processes": world_size(),
@@ -72,7 +73,12 @@ def _fields(value: Any) -> Any:
 
 def _check_identity(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     advice = "repeat the call that started it, or choose another folder"
-    for kind, what in (("plan", "the plan of this model has {} = {}"), ("schedule", "this call has Schedule({}={})")):
+    said = {
+        "plan": "the plan of this model has {} = {}",
+        "ranges": "the plan of this model trains the range of {} by {}",
+        "schedule": "this call has Schedule({}={})",
+    }
+    for kind, what in said.items():
         for name in (*old[kind], *new[kind]):
             was, now = old[kind].get(name, "no such site"), new[kind].get(name, "no such site")
             if was != now:
