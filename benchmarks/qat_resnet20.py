@@ -6,7 +6,10 @@ the classifier have 8 bits, residual adds too. Calibration: 512 training images;
 2,000 others; the 10,000 test images are read once per run, after training. Drops are paired with the control of one
 seed. Writes results/qat_resnet20.json after every run and continues from it.
 
-    python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--epochs 3] [--only W2A4] [--validation-only]
+The longer budget of the second command is for two bits on both sides (PACT, Choi 2018, table 2); its control too.
+
+    python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
+    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --epochs 6 --only control W2A2
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from models import CifarResNet
 from resnet20 import augmented, batches_of
 from results import FOLDER, write
 
-CALIBRATION, VALIDATION, TRAINING = 512, 2000, 20_000
+CALIBRATION, VALIDATION = 512, 2000
 BODY = {
     "W4A4": ("int4/channel", "uint4/asym"),
     "W3A3": ("int3/channel", "uint3/asym"),
     "W2A4": ("int2/channel", "uint4/asym"),
+    "W2A2": ("int2/channel", "uint2/asym"),
 }
+TABLE = ("control", "W4A4", "W3A3", "W2A4")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -89,10 +94,10 @@ class Images:
     test: list[tuple[Tensor, Tensor]]
 
 
-def load() -> Images:
+def load(training: int) -> Images:
     teacher = CifarResNet(20)
     bw.load_weights(teacher, shared("cifar10_resnet") / "resnet20_jpeg_finetuned.pt").eval()
-    x, y = jpeg_cifar10("train", CALIBRATION + VALIDATION + TRAINING)
+    x, y = jpeg_cifar10("train", CALIBRATION + VALIDATION + training)
     calibration, x, y = x[:CALIBRATION], x[CALIBRATION:], y[CALIBRATION:]
     validation = batches_of(x[:VALIDATION], y[:VALIDATION])
     return Images(teacher, calibration, validation, (x[VALIDATION:], y[VALIDATION:]), batches_of(*jpeg_cifar10("test")))
@@ -137,7 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["control", *BODY])
+    parser.add_argument("--images", type=int, default=20_000, help="of the training split")
+    parser.add_argument("--only", nargs="+", default=TABLE)
     parser.add_argument("--lr", type=float, default=1.0, help="original rate: QAT starts at 1 %% of it")
     parser.add_argument("--alpha", type=float, default=0.7, help="share of the distillation loss")
     parser.add_argument("--temperature", type=float, default=4.0)
@@ -146,13 +152,14 @@ def main() -> None:
     parser.add_argument("--validation-only", action="store_true", help="do not read the test images, write nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    images = load()
+    images = load(options.images)
+    budget = "" if (options.images, options.epochs) == (20_000, 3) else f" {options.images} x {options.epochs}"
     path = FOLDER / "qat_resnet20.json"
     for seed in options.seeds:
         data = batches(images, seed, options.epochs)
         for setting in options.only:
             results = json.loads(path.read_text()) if path.exists() else {}
-            key = f"{setting} seed {seed}"
+            key = f"{setting} seed {seed}{budget}"
             if key in results and not options.validation_only:
                 continue
             torch.manual_seed(seed)
@@ -160,17 +167,17 @@ def main() -> None:
             if not options.validation_only:  # read again: other processes may have written
                 write("qat_resnet20", (json.loads(path.read_text()) if path.exists() else {}) | {key: row})
             print(f"\r{key}: { {name: value for name, value in row.items() if name != 'right'} }", flush=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    if all(f"{setting} seed {seed}" in results for setting in ("control", *BODY) for seed in options.seeds):
-        summarise(results, options.seeds)
+    summarise(json.loads(path.read_text()) if path.exists() else {}, options, budget)
 
 
-def summarise(results: dict[str, dict[str, object]], seeds: list[int]) -> None:
+def summarise(results: dict[str, dict[str, object]], options: argparse.Namespace, budget: str) -> None:
     """Top-1 and paired drops against the control of the same seed; the interval covers the test images."""
-    for setting in BODY:
-        for seed in seeds:
-            control = torch.tensor(results[f"control seed {seed}"]["right"], dtype=torch.float32)
-            scores = torch.tensor(results[f"{setting} seed {seed}"]["right"], dtype=torch.float32)
+    for setting in (name for name in options.only if name != "control"):
+        for seed in options.seeds:
+            rows = [results.get(f"{name} seed {seed}{budget}") for name in ("control", setting)]
+            if None in rows:
+                continue
+            control, scores = (torch.tensor(row["right"], dtype=torch.float32) for row in rows if row is not None)
             drop = bw.paired_drop(control, scores)
             print(f"{setting} seed {seed}: {100 * scores.mean():.2f} of {100 * control.mean():.2f} %, drop {drop}")
 
