@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from bitwright.algorithms.bias import bias_correction
 from bitwright.algorithms.layers import Layer, NotApplicableError
 from bitwright.algorithms.lockstep import Forward, run_counts, visits
+from bitwright.algorithms.outcome import Outcome
 from bitwright.errors import CalibrationError
 from bitwright.flow import calibrate as ranges
 from bitwright.flow.prepare import plan_of
@@ -23,19 +23,11 @@ from bitwright.graph.dataflow import call
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.plan.step import Step, Value
 
+FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value]], list[Outcome]]] = {}
+"""Methods of the moment ``float``: they change the prepared model, which computes the same in float afterwards."""
+
 LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], None]] = {"bias_correction": bias_correction}
 """Methods of the moment ``layer``: they change the layer, or raise `NotApplicableError` with the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step did at a path: relative squared errors of the output before and after, or why it did nothing."""
-
-    step: str
-    path: str
-    before: float | None = None
-    after: float | None = None
-    skipped: str = ""
 
 
 def calibrate(
@@ -65,8 +57,10 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise CalibrationError(f"step {steps[0].name} of the plan needs data; pass calibration batches")
-    missed = ranges.calibrate(model, batches, forward=forward, unseen=unseen)
     found: list[Outcome] = []
+    for step in (step for step in steps if step.method.moment == "float"):
+        found += FLOAT[step.name](model, batches, forward, step.settings)
+    missed = ranges.calibrate(model, batches, forward=forward, unseen=unseen)
     chosen = [step for step in steps if step.method.moment == "layer"]
     if chosen:
         found += _layer_steps(model, batches, forward, chosen, on_layer or (lambda *_: None))

@@ -130,8 +130,10 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def record(model: nn.Module, example: Any) -> Dataflow:
+def record(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] = call) -> Dataflow:
     """Run ``model`` once on ``example`` (see `call`) in eval mode without gradients and write down what happened.
+
+    ``forward`` runs it otherwise. In a prepared model the simulated modules are the leaves.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [node.name for node in record(model, torch.zeros(1, 4)).nodes]
@@ -144,7 +146,7 @@ def record(model: nn.Module, example: Any) -> Dataflow:
             if isinstance(leaf, Tensor):
                 recorder.add("input", "input", (), leaf)
         with torch.no_grad(), evaluating(model), recorder:
-            out = call(model, example)
+            out = forward(model, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,6 +167,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 def _hooks(recorder: _Recorder, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     opaque = isinstance(module, nn.MultiheadAttention) or library_operator(module) is not None
+    opaque = opaque or hasattr(module, "quantized_weights")  # a simulated module: its children are quantizers
     if next(module.children(), None) is None or opaque:  # what they read are their own parameters
 
         def enter_leaf(module: nn.Module, args: Any) -> None:

@@ -131,7 +131,7 @@ def concatenations(flow: Dataflow, model: nn.Module) -> list[Node]:
         if node.kind == "function" and node.name in KINDS["cat"].recorded and len(set(node.inputs)) > 1:
             above = [_ancestors(flow, source) for source in node.inputs]
             apart = [flow.nodes[i] for i in set.union(*above) - set.intersection(*above)]
-            parts = all(n.name == "neg" or _is_view(n, model) for n in apart)  # rotary embeddings turn halves
+            parts = all(n.name == "neg" or is_view(n, model) for n in apart)  # rotary embeddings turn halves
             if not parts and _computed(flow, set.union(*above), model):
                 found.append(node)
     return found
@@ -155,7 +155,7 @@ def feeds_layernorm(flow: Dataflow, node: Node, model: nn.Module) -> bool:
         kind = type(_module(user, model)).__name__ if user.kind == "module" else user.name
         if "LayerNorm" in kind or "RMSNorm" in kind or kind in ("layer_norm", "rms_norm"):
             return True
-        if _is_view(user, model) and feeds_layernorm(flow, user, model):
+        if is_view(user, model) and feeds_layernorm(flow, user, model):
             return True
     return False
 
@@ -165,7 +165,7 @@ def classifiers(flow: Dataflow, model: nn.Module) -> list[str]:
     found = []
     for index in flow.outputs:
         node = flow.nodes[index]
-        while node.inputs and (_is_view(node, model) or _is_output_only(node, model)):
+        while node.inputs and (is_view(node, model) or _is_output_only(node, model)):
             node = flow.nodes[node.inputs[0]]
         if isinstance(_module(node, model), nn.Linear) and node.name not in found:
             found.append(node.name)
@@ -200,7 +200,8 @@ def _norm(node: Node, model: nn.Module) -> _Norm | None:
     return module if isinstance(module, _NORMS) and type(module) in _NORMS else None
 
 
-def _is_view(node: Node, model: nn.Module) -> bool:
+def is_view(node: Node, model: nn.Module) -> bool:
+    """Whether a call passes its values on unchanged, whatever their shape."""
     return isinstance(_module(node, model), _TRANSPARENT) or (node.kind == "function" and node.name in _VIEWS)
 
 
