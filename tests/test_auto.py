@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from bitwright.auto import _first, _last, quantize_model
+from bitwright.auto import quantize_model
 from bitwright.errors import CalibrationError, NumericsError
+
+CHEAP = ("nearest", "bias correction")
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def setting():
 
 def test_goal_on_drop_is_met_and_fewer_layers_are_raised_than_exist(setting):
     model, batches, score = setting
-    result = quantize_model(model, batches, score, max_drop=0.05)
+    result = quantize_model(model, batches, score, max_drop=0.05, recipes=CHEAP)
     assert result.met
     assert score(result.model) == result.score >= 1.0 - 0.05
     assert result.bytes < sum(p.nbytes for p in model.parameters()) / 3
@@ -32,17 +34,17 @@ def test_goal_on_drop_is_met_and_fewer_layers_are_raised_than_exist(setting):
 
 def test_byte_budget_takes_the_largest_model_that_fits(setting):
     model, batches, score = setting
-    small = quantize_model(model, batches, score, max_drop=1.0)
-    large = quantize_model(model, batches, score, max_drop=0.0)
+    small = quantize_model(model, batches, score, max_drop=1.0, recipes=CHEAP)
+    large = quantize_model(model, batches, score, max_drop=0.0, recipes=CHEAP)
     budget = (small.bytes + large.bytes) // 2
-    result = quantize_model(model, batches, score, max_bytes=budget)
+    result = quantize_model(model, batches, score, max_bytes=budget, recipes=CHEAP)
     assert result.met
     assert small.bytes <= result.bytes <= budget
 
 
 def test_impossible_goal_returns_the_best_and_says_so(setting):
     model, batches, score = setting
-    result = quantize_model(model, batches, score, max_drop=0.0, max_bytes=10)
+    result = quantize_model(model, batches, score, max_drop=0.0, max_bytes=10, recipes=CHEAP)
     assert not result.met
     assert result.model is not None
 
@@ -55,9 +57,3 @@ def test_missing_goal_data_and_bad_score_are_errors(setting):
         quantize_model(model, [], score, max_drop=0.1)
     with pytest.raises(NumericsError, match="NaN"):
         quantize_model(model, batches, lambda m: float("nan"), max_drop=0.1)
-
-
-@pytest.mark.parametrize("border", range(6))
-def test_bisection_finds_the_border(border):
-    assert _first(5, lambda n: n >= border) == border if border <= 5 else 5
-    assert _last(5, lambda n: n <= border) == border

@@ -1,35 +1,41 @@
-"""`quantize_model`: the one-liner. It reads as the tutorial of the straight line.
-
-It starts from a low-bit preset, measures the score, and moves the most sensitive layers to 8 bits, no more of them than
-the goal needs. Sensitivity of a layer: the squared error that quantizing this layer alone adds to the model's output.
-"""
+"""`quantize_model`: the one-liner. It says what is wanted in the terms of the `search` that does the work."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bitwright.bench.measure import measure, model_bytes
 from bitwright.bench.report import Report, Row, bits_per_layer
-from bitwright.errors import CalibrationError, NumericsError
-from bitwright.flow.calibrate import calibrate
-from bitwright.flow.convert import convert
-from bitwright.flow.prepare import prepare
-from bitwright.graph.dataflow import call, evaluating
-from bitwright.nn.layer import QLayer
-from bitwright.nn.quantizer import Stage
+from bitwright.errors import CalibrationError, NumericsError, PlanError
+from bitwright.flow.evaluate import Drop
+from bitwright.flow.prepare import plan_of
 from bitwright.plan.plan import Plan
+from bitwright.search.journal import Trial
+from bitwright.search.judge import CONFIDENCE, Judge, PairedJudge, PointJudge
+from bitwright.search.ladder import Climb, Goal, Task, candidates, climb, known_rungs
+
+LEVELS = {
+    "fp32": ("float", "float"),
+    "fp16": ("fp16", "fp16"),
+    "int8": ("w8a8", "w8a8-dynamic"),
+    "int4": ("w4a8", "w4a16"),
+}
+"""Presets by the name of a level, with calibration data and without; ``float`` leaves the model as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The shipped model, its plan, whether the goal was met, both scores (as fractions), bytes, and the report."""
+    """The shipped model, its plan, whether the goal was met and with what confidence, scores, bytes, and the report.
+
+    ``confidence`` is None where models were compared by one score each, and where the goal was not met. ``trials`` are
+    all candidates in the order they were tried, ``folder`` is where the model was saved, ``stopped`` says why the climb
+    ended early. ``float_score`` is that of the same items as ``score``.
+    """
 
     model: nn.Module
     plan: Plan
@@ -38,146 +44,130 @@ class Result:
     score: float
     bytes: int
     report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    raised: int
-    model: nn.Module
-    plan: Plan
-    score: float
-    bytes: int
+    confidence: float | None = None
+    trials: tuple[Trial, ...] = ()
+    folder: Path | None = None
+    stopped: str = ""
 
 
 def quantize_model(
     model: nn.Module,
     batches: Iterable[Any],
-    score: Callable[[nn.Module], float],
+    score: Callable[..., Any],
     *,
+    evaluation: Iterable[Any] | None = None,
+    score_range: tuple[float, float] = (0.0, 1.0),
     max_drop: float | None = None,
     max_bytes: int | None = None,
-    preset: str = "w4a8",
+    level: str | None = None,
+    preset: str | None = None,
     target: str = "cpu",
+    recipes: Sequence[str] | None = None,
+    example: Any = None,
+    work: str | Path | None = None,
+    time_budget: float | None = None,
     on_trial: Callable[[str], None] | None = None,
 ) -> Result:
-    """The smallest mix of ``preset`` and 8 bits that drops at most ``max_drop`` of score and fits ``max_bytes``.
+    """Climb from the cheapest recipe to the most expensive one until the score drops by at most ``max_drop``.
 
-    ``batches`` are calibration inputs (without labels), ``score(model)`` is larger for better models and is measured on
-    the shipped model. With ``max_bytes`` alone, as many layers as fit get 8 bits. If no mix meets the goal the best
-    one is returned with ``met=False``. Raises `NumericsError` when no goal is given or the score is NaN.
+    ``batches`` are calibration inputs (without labels); plans that need none take ``example``, one batch, instead.
+    ``score(model)`` is larger for better models. With ``evaluation``, batches of any kind in a sequence, it is
+    ``score(model, batch) -> [items]`` within ``score_range``, and "met" holds with 95 % confidence. The start is a
+    ``preset`` (`w4a8`) or a ``level``: fp32, fp16, int8, int4. With ``max_bytes`` alone as many layers as fit get 8
+    bits, and the best recipe wins. If nothing meets the goal the best model is returned with ``met=False``.
+    ``recipes`` are the names of the rungs to climb, by default all (see `search.ladder.RUNGS`).
+
+    ``work`` is a folder that keeps the best model and lets the same call go on after a kill, ``time_budget`` ends the
+    climb after so many seconds, ``on_trial`` gets a line for every trial. Raises `NumericsError` without a goal or
+    level and for bad scores, `CalibrationError` without data, `CheckpointError` for a folder of another search.
     """
-    if max_drop is None and max_bytes is None:
+    if max_drop is None and max_bytes is None and level is None:
         raise NumericsError("quantize_model needs a goal: pass max_drop (in units of your score), max_bytes, or both")
-    batches = list(batches)
-    if not batches:
-        raise CalibrationError("quantize_model got no calibration batches; pass at least one")
-    say = on_trial or (lambda text: None)
-    float_score = _checked(score(model))
-    say(f"float: score {float_score:.4f}, {model_bytes(model):,} bytes")
-    low, high = (Plan.preset(name, model, batches[0], target=target) for name in (preset, "w8a8"))
-    order = _most_sensitive_first(model, low, batches)
-    trials: dict[int, _Trial] = {}
-
-    def attempt(raised: int) -> _Trial:
-        """The plan whose ``raised`` most sensitive layers have 8 bits, calibrated, shipped and scored."""
-        if raised not in trials:
-            plan = low.with_sites({str(site): high.sites[site] for site in low.sites if site.path in order[:raised]})
-            shipped = _ship(model, plan, batches)
-            trial = _Trial(raised, shipped, plan, _checked(score(shipped)), model_bytes(shipped))
-            say(f"{raised} of {len(order)} layers at 8 bits: score {trial.score:.4f}, {trial.bytes:,} bytes")
-            trials[raised] = trial
-        return trials[raised]
-
-    def holds(trial: _Trial) -> bool:
-        drop_holds = max_drop is None or float_score - trial.score <= max_drop
-        return drop_holds and (max_bytes is None or trial.bytes <= max_bytes)
-
-    if max_drop is None:
-        _last(len(order), lambda raised: attempt(raised).bytes <= (max_bytes or 0))
+    inputs, first = _inputs(batches, example)
+    preset = _preset(level, preset, data=bool(inputs))
+    goal, say = Goal(max_drop, max_bytes), on_trial or (lambda text: None)
+    plan = Plan.preset("fp16" if preset == "float" else preset, model, first, target=target)
+    rungs = known_rungs(recipes, data=bool(inputs))
+    judge: Judge
+    if evaluation is None:
+        judge = PointJudge(model, score, max_drop)
+        say(f"float: score {judge.float_score:.4f}, {model_bytes(model):,} bytes")
     else:
-        _first(len(order), lambda raised: float_score - attempt(raised).score <= max_drop)
-    good = [trial for trial in trials.values() if holds(trial)]
-    best = _best(good, max_drop) or max(trials.values(), key=lambda trial: (trial.score, -trial.bytes))
-    report = _report(model, best, float_score, batches[0])
-    return Result(best.model, best.plan, bool(good), float_score, best.score, best.bytes, report)
+        held = evaluation if isinstance(evaluation, Sequence) else list(evaluation)
+        judge = PairedJudge(model, score, held, max_drop, score_range, candidates(plan, rungs))
+        say(f"float: score {judge.known[0].mean().item():.4f} on the first batch, {model_bytes(model):,} bytes")
+    if preset == "float":
+        return _unchanged(model, plan.with_sites({"*": None}), judge, goal)
+    folder = None if work is None else Path(work)
+    task = Task(model, plan, inputs, first, goal)
+    return _result(model, climb(task, judge, rungs, work=folder, time_budget=time_budget, say=say), judge, goal, first)
 
 
-def _best(good: list[_Trial], max_drop: float | None) -> _Trial | None:
-    """Of the trials that meet the goal: the smallest under a limit on the drop, the one with most 8-bit layers else."""
-    if not good:
-        return None
-    return max(good, key=lambda trial: trial.raised if max_drop is None else -trial.bytes)
+def _inputs(batches: Iterable[Any], example: Any) -> tuple[list[Any], Any]:
+    """Calibration batches, and one batch to record the model with."""
+    if isinstance(batches, Tensor):
+        shape = list(batches.shape)
+        raise CalibrationError(f"batches must be a list of batches, got one tensor {shape}; pass [batches]")
+    inputs = list(batches)
+    if not inputs and example is None:
+        raise CalibrationError(
+            "quantize_model got no calibration batches; pass at least one (a DataLoader with drop_last=True gives none "
+            "when it has fewer items than one batch), or example=batch for plans that need no data"
+        )
+    return inputs, inputs[0] if inputs else example
 
 
-def _ship(model: nn.Module, plan: Plan, batches: list[Any]) -> nn.Module:
-    prepared = prepare(model, plan)
-    calibrate(prepared, batches)
-    return convert(prepared, inplace=True)
+def _preset(level: str | None, preset: str | None, *, data: bool) -> str:
+    if level is None:
+        return preset or "w4a8"
+    if preset is not None:
+        raise PlanError(f"level {level!r} and preset {preset!r} both say where to start; pass one of them")
+    if level not in LEVELS:
+        raise PlanError(f"unknown level {level!r}; known levels: {', '.join(LEVELS)}")
+    return LEVELS[level][0 if data else 1]
 
 
-@torch.no_grad()
-def _most_sensitive_first(model: nn.Module, plan: Plan, batches: list[Any]) -> list[str]:
-    """Paths of the quantized layers by the squared error that each alone adds to the output on the first batch."""
-    prepared = prepare(model, plan)
-    calibrate(prepared, batches)
-    layers = {p: m for p, m in prepared.named_modules() if isinstance(m, QLayer) and m.weight_quantizer is not None}
-    with evaluating(prepared):
-        _only(layers, None)
-        expected = _outputs(prepared, batches[0])
-        errors = {}
-        for path in layers:
-            _only(layers, path)
-            got = _outputs(prepared, batches[0])
-            errors[path] = sum((a - b).square().sum().item() for a, b in zip(got, expected, strict=True))
-    return sorted(errors, key=lambda path: -errors[path])
+def _unchanged(model: nn.Module, plan: Plan, judge: Judge, goal: Goal) -> Result:
+    """The result of level fp32: the model that was given, and its score."""
+    found = judge(model, lambda: None)
+    size = model_bytes(model)
+    trial = Trial("float", 0, found.holds, found.score, 0.0, found.low, found.high, found.items, size)
+    report = Report(f"{type(model).__name__} in float", [], [Row("float", found.score, bytes=size)])
+    met = goal.max_bytes is None or size <= goal.max_bytes
+    return Result(model, plan, met, found.score, found.score, size, report, trials=(trial,))
 
 
-def _only(layers: dict[str, QLayer], chosen: str | None) -> None:
-    for path, layer in layers.items():
-        assert layer.weight_quantizer is not None
-        layer.weight_quantizer.stage = Stage.SIMULATE if path == chosen else Stage.FLOAT
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    return [
-        leaf.double()
-        for leaf in tree_leaves(call(model, batch))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+def _result(model: nn.Module, found: Climb, judge: Judge, goal: Goal, example: Any) -> Result:
+    best, plan = found.best, plan_of(found.model)
+    assert best.score is not None
+    assert best.drop is not None
+    assert best.bytes is not None
+    met, float_score = goal.met(best), best.score + best.drop
+    sure = CONFIDENCE if met and judge.paired and goal.max_drop is not None else None
+    base, shipped = measure({"float": model, "shipped": found.model}, example)
+    drop = None
+    if best.items is not None and best.low is not None and best.high is not None:
+        drop = Drop(best.drop, best.low, best.high, best.items)
+    rows = [
+        Row("float", float_score, bytes=base.bytes, speed=base.speed),
+        Row("shipped", best.score, drop, bytes=shipped.bytes, speed=shipped.speed),
     ]
-
-
-def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """Smallest number in 0..count that holds, by bisection; ``count`` if none does."""
-    if holds(0):
-        return 0
-    bad, good = 0, count
-    if not holds(count):
-        return count
-    while good - bad > 1:
-        middle = (bad + good) // 2
-        bad, good = (bad, middle) if holds(middle) else (middle, good)
-    return good
-
-
-def _last(count: int, holds: Callable[[int], bool]) -> int:
-    """Largest number in 0..count that holds, by bisection; 0 if none does."""
-    return count - _first(count, lambda number: holds(count - number))
-
-
-def _checked(score: float) -> float:
-    if math.isnan(float(score)):
-        raise NumericsError("score(model) returned NaN; it must return a number, larger is better")
-    return float(score)
-
-
-def _report(model: nn.Module, best: _Trial, float_score: float, example: Any) -> Report:
-    base, shipped = measure({"float": model, "shipped": best.model}, example)
-    return Report(
-        f"{type(model).__name__} for target {best.plan.target}",
-        [f"{best.raised} layers were moved to 8 bits to keep the score."],
-        [
-            Row("float", float_score, bytes=base.bytes, speed=base.speed),
-            Row("shipped", best.score, bytes=shipped.bytes, speed=shipped.speed),
-        ],
-        {"shipped": bits_per_layer(best.model)},
+    report = Report(
+        f"{type(model).__name__} for target {plan.target}",
+        [*_notes(best, goal, sure), *([f"The search ended early: {found.stopped}."] if found.stopped else [])],
+        rows,
+        {"shipped": bits_per_layer(found.model)},
     )
+    return Result(
+        found.model, plan, met, float_score, best.score, best.bytes, report, sure, found.trials, found.folder,
+        found.stopped,
+    )  # fmt: skip
+
+
+def _notes(best: Trial, goal: Goal, sure: float | None) -> list[str]:
+    notes = [f"Shipped: {best.name}."]
+    if sure is not None:
+        notes.append(f"The score drops by at most {goal.max_drop:g}, with {sure:.0%} confidence over the whole search.")
+    elif goal.max_drop is not None and goal.met(best):
+        notes.append("The two scores were compared as they are; how sure that is was not measured.")
+    return notes

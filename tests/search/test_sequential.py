@@ -138,7 +138,7 @@ def test_bad_arguments_are_refused() -> None:
         PairedTest(0.1, 0.0)
     with pytest.raises(NumericsError, match="margin"):
         PairedTest(-1.0, 0.05)
-    with pytest.raises(NumericsError, match="within 1.0 of 0"):
+    with pytest.raises(NumericsError, match=r"within 1\.0 of 0"):
         PairedTest(0.1, 0.05).update(torch.tensor([1.5]))
     with pytest.raises(NumericsError, match="within"):
         PairedTest(0.1, 0.05).update(torch.tensor([math.nan]))

@@ -2,11 +2,11 @@
 
 Two models are scored on the same items; ``x = before - after`` is the loss of score of one item, in ``[-span, span]``.
 To show that its mean is below a margin ``m``, a gambler bets on it: with the stake ``f`` capital is multiplied by
-``1 + f (m - x) / (span - m)``, which is never negative for ``f < 1`` and, were the mean ``m`` or more, would not grow on
-average. So the capital is then a nonnegative supermartingale that starts at 1, and by Ville's inequality it *ever*
+``1 + f (m - x) / (span - m)``, which is never negative for ``f < 1`` and, were the mean ``m`` or more, would not grow
+on average. So the capital is then a nonnegative supermartingale that starts at 1, and by Ville's inequality it *ever*
 reaches ``1 / level`` with a probability of at most ``level``: looking often costs nothing. The stake that grows fastest
 depends on what is not known before, so the capital is spread over `STAKES`; their mean is a supermartingale too
-(Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", sections 4 and 5.6).
+(Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting": the capital process).
 
 What must hold: scores lie in a known range, and items are independent draws in random order.
 """
