@@ -12,6 +12,10 @@
 //     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
 //   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
 //   padding holds the code 0. Convolutions: see conv.cpp.
+//   For float activations ("decoded") the same, with indices of a table in place of w + 8 and w + 2 (8 bit:
+//   signed codes), and
+//     3 bit: 192 bytes = 32 inputs: two groups of the lower 2 bits, then the third bits; that of input i is
+//            bit i of the lane.
 //
 // Quantized activations are bytes
 //   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no
@@ -28,6 +32,7 @@ namespace bitwright {
 
 constexpr int64_t kLanes = 16;       // output rows of a block, lanes of every logical vector
 constexpr int64_t kGroupBytes = 64;  // one load of weights
+constexpr int64_t kAheadBytes = 1024;  // how far ahead of a single row its weights are requested
 
 // byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This
 // equals the definition clamp(rint(x / scale) + z, qmin, qmax): rounding is monotone and the bounds are
@@ -120,12 +125,33 @@ struct Gradient {
     double* sums;
 };
 
+// y = x @ w^T + bias for float x: w = (table[code] - zero) * scale, at 8 bits (code - zero) * scale, with one per output row and scale group
+// of `group_units` units (one, or at 3 bits three loads of codes). Rows of x are padded with 0 to whole units.
+struct Decoded {
+    const float* x;
+    int64_t x_stride;
+    const float* x_sums;  // [rows][scale_groups], where there are zeros
+    const uint8_t* w;
+    int64_t block_bytes;
+    int64_t columns;
+    int64_t scale_groups;
+    int64_t group_units;
+    const float* table;   // 16 values; tables of fewer are repeated
+    const float* scales;  // [blocks][scale_groups][16]
+    const float* zeros;   // the same, or null
+    const float* bias;    // or null
+    float* y;
+    int64_t y_stride;
+};
+
 struct Kernels {
     float (*absmax)(const float* x, int64_t count);
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
     void (*gemm[3])(const Gemm& gemm, const Span& span);  // for 8, 4 and 2 bit weights
+    // Rows and blocks from, to; for 8, 4, 3 and 2 bit codes.
+    void (*decoded[4])(const Decoded& job, int64_t row, int64_t row_end, int64_t block, int64_t block_end);
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
                 float* out);

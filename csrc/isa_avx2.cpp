@@ -28,6 +28,9 @@ struct Avx2 {
     static constexpr int kNarrowRows = 1;
     static constexpr int kNarrowBlocks = 2;
     static constexpr int kPixels = 4;
+    static constexpr int kDecodedRows = 4;
+    static constexpr int kSingleBlocks = 2;
+    using Table = F;
 
     static BW_INLINE __m256i load_half(const void* p) {
         return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -47,6 +50,7 @@ struct Avx2 {
                 _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LE_OQ), v.hi)};
     }
     static BW_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+    static BW_INLINE F fma(F a, F b, F c) { return add(mul(a, b), c); }
     static BW_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
     static BW_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
     static BW_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
@@ -109,6 +113,39 @@ struct Avx2 {
     // The upper half of each x lane is 0, so the 16-bit pair product is x * w.
     static BW_INLINE I mul_add(I acc, I x, I w) {
         return add_int(acc, {_mm256_madd_epi16(x.lo, w.lo), _mm256_madd_epi16(x.hi, w.hi)});
+    }
+
+    static BW_INLINE Table table(const float* p) { return load(p); }
+    static BW_INLINE I load_codes(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
+    template <int COUNT>
+    static BW_INLINE I shift_right(I a) {
+        return {_mm256_srli_epi32(a.lo, COUNT), _mm256_srli_epi32(a.hi, COUNT)};
+    }
+    // Byte T of every lane as a signed number.
+    template <int T>
+    static BW_INLINE I signed_byte(I a) {
+        return {_mm256_srai_epi32(_mm256_slli_epi32(a.lo, 24 - 8 * T), 24),
+                _mm256_srai_epi32(_mm256_slli_epi32(a.hi, 24 - 8 * T), 24)};
+    }
+    // The low two bits of `low` and, above them, bit K of `high`.
+    static BW_INLINE __m256i select_low_two(__m256i low, __m256i third) {
+        const __m256i mask = _mm256_set1_epi32(3);
+        return _mm256_or_si256(_mm256_and_si256(mask, low), _mm256_andnot_si256(mask, third));
+    }
+    template <int K>
+    static BW_INLINE I low_two(I low, I high) {
+        constexpr int kLeft = K < 2 ? 2 - K : 0, kRight = K < 2 ? 0 : K - 2;
+        return {select_low_two(low.lo, _mm256_srli_epi32(_mm256_slli_epi32(high.lo, kLeft), kRight)),
+                select_low_two(low.hi, _mm256_srli_epi32(_mm256_slli_epi32(high.hi, kLeft), kRight))};
+    }
+    // A permutation knows eight values; the fourth bit of a code chooses between two of them.
+    static BW_INLINE __m256 look_up_half(Table table, __m256i codes) {
+        const __m256 below = _mm256_permutevar8x32_ps(table.lo, codes);
+        const __m256 above = _mm256_permutevar8x32_ps(table.hi, codes);
+        return _mm256_blendv_ps(below, above, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    }
+    static BW_INLINE F look_up(Table table, I codes) {
+        return {look_up_half(table, codes.lo), look_up_half(table, codes.hi)};
     }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }

@@ -18,6 +18,9 @@ struct Avx512 {
     static constexpr int kNarrowRows = 3;
     static constexpr int kNarrowBlocks = 4;
     static constexpr int kPixels = 8;
+    static constexpr int kDecodedRows = 12;
+    static constexpr int kSingleBlocks = 4;
+    using Table = __m512;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
     static BW_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -29,6 +32,7 @@ struct Avx512 {
     static BW_INLINE F keep(F v, F a, F b) {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), v);
     }
+    static BW_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static BW_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
     static BW_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     static BW_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -67,6 +71,25 @@ struct Avx512 {
     }
     // The upper half of each x lane is 0, so the 16-bit pair product is x * w.
     static BW_INLINE I mul_add(I acc, I x, I w) { return _mm512_dpwssd_epi32(acc, x, w); }
+
+    static BW_INLINE Table table(const float* p) { return _mm512_loadu_ps(p); }
+    static BW_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    template <int COUNT>
+    static BW_INLINE I shift_right(I a) {
+        return COUNT == 0 ? a : _mm512_srli_epi32(a, COUNT);
+    }
+    // Byte T of every lane as a signed number.
+    template <int T>
+    static BW_INLINE I signed_byte(I a) {
+        return _mm512_srai_epi32(T == 3 ? a : _mm512_slli_epi32(a, 24 - 8 * T), 24);
+    }
+    // The low two bits of `low` and, above them, bit K of `high`.
+    template <int K>
+    static BW_INLINE I low_two(I low, I high) {
+        const I third = K < 2 ? _mm512_slli_epi32(high, K < 2 ? 2 - K : 0) : _mm512_srli_epi32(high, K < 2 ? 0 : K - 2);
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), low, third, 0xCA);  // mask ? low : third
+    }
+    static BW_INLINE F look_up(Table table, I codes) { return _mm512_permutexvar_ps(codes, table); }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) { return _mm512_loadu_si512(p); }
     template <int BITS, int STEP>

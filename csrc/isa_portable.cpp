@@ -31,6 +31,9 @@ struct Portable {
     static constexpr int kNarrowRows = 1;
     static constexpr int kNarrowBlocks = 1;
     static constexpr int kPixels = 2;
+    static constexpr int kDecodedRows = 4;
+    static constexpr int kSingleBlocks = 1;
+    using Table = F;
 
     template <class V, class Fn>
     static BW_INLINE V each(Fn fn) {
@@ -59,6 +62,7 @@ struct Portable {
     static BW_INLINE F mul(const F& a, const F& b) {
         return each<F>([&](int i) { return a.v[i] * b.v[i]; });
     }
+    static BW_INLINE F fma(const F& a, const F& b, const F& c) { return add(mul(a, b), c); }
     static BW_INLINE F div(const F& a, const F& b) {
         return each<F>([&](int i) { return a.v[i] / b.v[i]; });
     }
@@ -122,6 +126,30 @@ struct Portable {
         return each<I>([=](int i) { return p[i]; });
     }
     static BW_INLINE I mul_add(const I& acc, const I& x, const I& w) { return add_int(acc, mul_int(x, w)); }
+
+    static BW_INLINE Table table(const float* p) { return load(p); }
+    static BW_INLINE I load_codes(const uint8_t* p) {
+        I codes;
+        std::memcpy(codes.v, p, sizeof codes.v);
+        return codes;
+    }
+    template <int COUNT>
+    static BW_INLINE I shift_right(const I& a) {
+        return each<I>([&](int i) { return wrap(bits(a.v[i]) >> COUNT); });
+    }
+    // Byte T of every lane as a signed number.
+    template <int T>
+    static BW_INLINE I signed_byte(const I& a) {
+        return each<I>([&](int i) { return wrap(bits(a.v[i]) << (24 - 8 * T)) >> 24; });
+    }
+    // The low two bits of `low` and, above them, bit K of `high`.
+    template <int K>
+    static BW_INLINE I low_two(const I& low, const I& high) {
+        return each<I>([&](int i) { return wrap((bits(low.v[i]) & 3u) | ((bits(high.v[i]) >> K & 1u) << 2)); });
+    }
+    static BW_INLINE F look_up(const Table& table, const I& codes) {
+        return each<F>([&](int i) { return table.v[bits(codes.v[i]) & 15u]; });
+    }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) {
         Raw raw;

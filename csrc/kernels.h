@@ -2,6 +2,7 @@
 // struct of primitives.
 #pragma once
 
+#include "decoded.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "quantize.h"
@@ -14,6 +15,7 @@ const Kernels* table() {
     static const Kernels kernels = {
         absmax_run<S>,      quantize_run<S>,
         quantize_planes<S>, {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
+        {decoded_run<S, 8>, decoded_run<S, 4>, decoded_run<S, 3>, decoded_run<S, 2>},
         depthwise_row<S>,   add_run<S>,
         centred_codes<S>,   straight_through<S>, moments_run<S>,
         S::kTileRows,       S::kTileBlocks,

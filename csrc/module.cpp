@@ -133,6 +133,22 @@ NB_MODULE(_native, m) {
         },
         Release());
     m.def("linear", &linear_call, Release());
+    m.def("decoded_layout_bytes", &decoded_layout_bytes);
+    m.def(
+        "pack_decoded",
+        [](uintptr_t codes, int64_t bits, int64_t n, int64_t k, uintptr_t out) {
+            pack_decoded(at<const uint8_t>(codes), bits, n, k, at<uint8_t>(out));
+        },
+        Release());
+    m.def(
+        "decoded_linear",
+        [](int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, int64_t group_size, uintptr_t w,
+           uintptr_t table, uintptr_t scales, uintptr_t zeros, uintptr_t bias, uintptr_t y, int threads) {
+            decoded_linear({isa, bits, at<const float>(x), m, k, n, group_size, at<const uint8_t>(w),
+                            at<const float>(table), at<const float>(scales), at<const float>(zeros),
+                            at<const float>(bias), at<float>(y), threads});
+        },
+        Release());
     m.def("conv_layout_bytes", &conv_layout_bytes);
     m.def(
         "pack_conv",

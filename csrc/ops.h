@@ -68,6 +68,26 @@ int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k);
 void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
 void linear(const Linear& args);
 
+// Weights (table[code] - zero) * scale, at 8 bits (code - zero) * scale, against float activations.
+struct DecodedLinear {
+    int isa;
+    int bits;  // 8, 4, 3 or 2
+    const float* x;  // [m, k]
+    int64_t m, k, n;
+    int64_t group_size;   // inputs that share a scale; k or more for one scale per output row
+    const uint8_t* w;     // pack_decoded
+    const float* table;   // [16]
+    const float* scales;  // [ceil(n / 16)][groups][16]
+    const float* zeros;   // the same, or null
+    const float* bias;    // [n] or null
+    float* y;             // [m, n]
+    int threads;
+};
+
+int64_t decoded_layout_bytes(int64_t bits, int64_t n, int64_t k);
+void pack_decoded(const uint8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
+void decoded_linear(const DecodedLinear& args);
+
 struct Conv {
     int isa;
     const float* x;

@@ -40,10 +40,10 @@ def test_integer_pairs_take_the_best_instruction_set(op: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("op", "weight", "input", "name"),
     [
-        ("linear", "int4/channel", None, "linear/decode"),
-        ("linear", "int4/group16", None, "linear/decode"),
-        ("linear", "nf4/channel", None, "linear/decode"),
-        ("linear", "uint8/channel/asym", "uint8/asym", "linear/decode"),
+        ("linear", "fp8_e4m3/channel", None, "linear/decode"),
+        ("linear", "int3/group16", None, "linear/decode"),
+        ("linear", "kmeans4/channel", None, "linear/decode"),
+        ("linear", "fp16", "uint8/asym", "linear/decode"),
         ("conv", "fp16", None, "conv/decode"),
         ("embedding", "int8/channel", None, "embedding/gather"),
     ],
@@ -52,6 +52,13 @@ def test_float_inputs_and_odd_weights_decode(
     op: str, weight: str, input: str | None, name: str, features: frozenset[str]
 ) -> None:
     assert chosen(op, weight, input, features) == name
+
+
+@pytest.mark.parametrize("isa", SUBSETS)
+@pytest.mark.parametrize("weight", ["int4/channel", "int4/group16", "nf4/channel", "uint8/channel/asym", "int8/group32"])
+def test_packed_weights_meet_float_inputs_in_native_code(isa: str, weight: str) -> None:
+    expected = f"linear/decode/{isa}" if "native" in SUBSETS[isa] else "linear/decode"
+    assert chosen("linear", weight, None, SUBSETS[isa]) == expected
 
 
 def test_sums_that_could_overflow_take_the_reference() -> None:
@@ -72,8 +79,8 @@ def test_every_row_has_its_own_name_and_can_be_reached() -> None:
     assert len(set(names)) == len(names)
     assert all(kernel.name.split("/")[0] == kernel.op for kernel in KERNELS)
     assert {need for kernel in KERNELS for need in kernel.requires} <= ALL
-    reached = {chosen(op, "int8", input, f, ()) for op in {kernel.op for kernel in KERNELS}
-               for input in ("int8", None) for f in SUBSETS.values()}  # fmt: skip
+    reached = {chosen(op, weight, input, f, (8, 16)) for op in {kernel.op for kernel in KERNELS}
+               for weight in ("int8", "fp16") for input in ("int8", None) for f in SUBSETS.values()}  # fmt: skip
     assert reached == set(names)
 
 
@@ -84,6 +91,9 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
         ("linear/avx2", "taken"),
         ("linear/portable", "comes after linear/avx2"),
         ("linear/reference", "comes after linear/avx2"),
+        ("linear/decode/avx512_vnni", "needs avx512_vnni"),
+        ("linear/decode/avx2", "comes after linear/avx2"),
+        ("linear/decode/portable", "comes after linear/avx2"),
         ("linear/decode", "comes after linear/avx2"),
     ]
     reasons = dict(explain("conv", QuantSpec.parse("nf4/channel"), None, (8, 3, 3, 3), frozenset()))

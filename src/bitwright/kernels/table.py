@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.errors import KernelError
-from bitwright.kernels import cpu, reference
+from bitwright.kernels import cpu, decoded, reference
 from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code, not_integers, row_qparams
 from bitwright.numerics.affine import decode, live_qparams, simulate
 from bitwright.numerics.qtensor import QTensor
@@ -135,6 +135,26 @@ def _pack_codes(weight: QTensor, groups: int) -> Packed:
     return Packed(weight.codes.to(dtype), qparams.scale, qparams.zero_point, codebook=qparams.codebook)
 
 
+def _decodable(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
+    return decoded.refuses(weight, shape)
+
+
+def _pack_decoded(weight: QTensor, groups: int) -> Packed:
+    layout, codebook, scale, zero_point = decoded.pack(weight)
+    outputs = torch.empty(weight.shape[0], 0)  # no values: its shape says what padding hides
+    return Packed(layout, scale, zero_point, outputs, codebook)
+
+
+def _run_decoded(
+    isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None
+) -> Tensor:
+    assert packed.sums is not None
+    return torch.ops.bitwright.decoded_linear(
+        decoded_input(x, input).float(), packed.layout, packed.codebook, packed.scale, packed.zero_point, bias,
+        packed.sums.shape[0], weight.granularity.size, decoded.layout_bits(weight), isa,
+    )  # fmt: skip
+
+
 def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
     return Codes(packed.layout.float(), packed.scale, largest_code(weight))
 
@@ -229,6 +249,14 @@ def _native_rows(isa: str) -> list[Kernel]:
     ]  # fmt: skip
 
 
+def _decoding_row(isa: str) -> Kernel:
+    """Comes behind the integer rows: for float activations, groups and tables."""
+    needs = frozenset({"native"} if isa == "portable" else {"native", isa})
+    layout = "16-row blocks of 8, 4, 3 or 2 bits"
+    return Kernel(f"linear/decode/{isa}", "linear", needs, layout, _decodable, _pack_decoded,
+                  partial(_run_decoded, cpu.ISA[isa]))  # fmt: skip
+
+
 _NONE: frozenset[str] = frozenset()
 
 
@@ -244,6 +272,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("conv/reference", "conv", _NONE, "one byte per code", _integers_only, _pack_codes, _integer_conv),
     *_volume_rows("conv3d", reference.conv3d, reference.float_conv3d),
     *_volume_rows("conv_transpose", reference.conv_transpose, reference.float_conv_transpose),
+    *(_decoding_row(isa) for isa in ("avx512_vnni", "avx2", "portable")),
     Kernel("linear/decode", "linear", _NONE, "one byte per code", _anything, _pack_codes, _decoding_linear),
     Kernel("conv/decode", "conv", _NONE, "one byte per code", _anything, _pack_codes, _decoding_conv),
     Kernel("embedding/gather", "embedding", _NONE, "one byte per code", _anything, _pack_codes, _gather),

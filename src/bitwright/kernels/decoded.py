@@ -1,0 +1,127 @@
+"""Native products of float activations with weights that are decoded on the way: ``bitwright::decoded_linear``.
+
+The weight stays packed; a code becomes a value in a register, by a table of 16 entries (integers, ternary, NF4, FP4,
+powers of two and fitted tables alike) or, at 8 bits, by conversion. Values are exact; sums are float32 sums in an
+order of their own (contract C3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitwright.errors import KernelError
+from bitwright.kernels import cpu
+from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.spec import QuantSpec
+
+LANES = 16  # output rows of a block of weights
+
+
+class DecodedWeight(NamedTuple):
+    """A weight as the kernel reads it: codes, table, scales and zero points ``[blocks, groups, 16]``."""
+
+    layout: Tensor
+    table: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def layout_bits(spec: QuantSpec) -> int:
+    """Width of the native layout that holds a format's codes."""
+    return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
+
+
+def refuses(spec: QuantSpec, shape: tuple[int, ...]) -> str:
+    """Why the kernel cannot decode weights of this spec and shape; empty where it can.
+
+    >>> refuses(QuantSpec.parse("int4/group32"), (8, 64)), refuses(QuantSpec.parse("fp16"), (8, 64))
+    ('', 'fp16 is no code of at most 8 bits with a scale')
+    """
+    fmt, bits = spec.format, layout_bits(spec) if spec.format.bits <= 8 else 0
+    if not bits or fmt.dtype is not None or (bits == 8 and not fmt.is_integer):
+        return f"{fmt} is no code of at most 8 bits with a scale"
+    if fmt.fit and spec.granularity.kind == "channel":
+        return "a table per channel is not kept in registers"
+    inputs = 32 if bits == 3 else 32 // bits
+    if spec.granularity.size % inputs:
+        return f"groups of {spec.granularity.size} are no multiple of {inputs} inputs"
+    return ""
+
+
+def pack(weight: QTensor) -> DecodedWeight:
+    """Lay out a weight ``[n, k]`` that `refuses` accepts."""
+    spec, qparams = weight.spec, weight.qparams
+    fmt, bits, (n, k) = spec.format, layout_bits(spec), weight.shape
+    codes = weight.codes.to(torch.int16)
+    shift = 0.0
+    if bits == 8:  # stored as signed bytes, whatever the format
+        shift = 128.0 if fmt.qmax > 127 else 0.0
+        stored = (codes - int(shift)).to(torch.int8).view(torch.uint8)
+        table = torch.zeros(16)
+    else:
+        stored = (codes - (fmt.qmin if fmt.is_integer else 0)).to(torch.uint8)
+        table = _table(spec, qparams.codebook)
+    layout = torch.empty(cpu.native.decoded_layout_bytes(bits, n, k), dtype=torch.uint8)
+    stored = stored.contiguous()
+    cpu.native.pack_decoded(stored.data_ptr(), bits, n, k, layout.data_ptr())
+    zero_point = qparams.zero_point
+    if zero_point is None and shift:
+        zero_point = torch.zeros_like(qparams.scale)
+    zeros = None if zero_point is None else _lanes(zero_point - shift, n)
+    return DecodedWeight(layout, table, _lanes(qparams.scale, n), zeros)
+
+
+def _table(spec: QuantSpec, codebook: Tensor | None) -> Tensor:
+    fmt = spec.format
+    if fmt.is_integer:
+        values = torch.arange(fmt.qmin, fmt.qmax + 1, dtype=torch.float32)
+    else:
+        values = torch.tensor(fmt.codebook, dtype=torch.float32) if codebook is None else codebook.flatten().float()
+    width = 1 << layout_bits(spec)
+    values = F.pad(values, (0, width - len(values)))
+    return values.repeat(16 // width).contiguous()
+
+
+def _lanes(values: Tensor, n: int) -> Tensor:
+    """One value per tensor, row, or row and group, as ``[blocks, groups, 16]``, padded with 0."""
+    rows = values.reshape(-1, 1).expand(n, 1) if values.numel() in (1, n) else values.reshape(n, -1)
+    padded = F.pad(rows.float(), (0, 0, 0, -n % LANES))
+    return padded.reshape(-1, LANES, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _decoded_linear(
+    x: Tensor, layout: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    outputs: int, group_size: int, bits: int, isa: int,
+) -> Tensor:  # fmt: skip
+    if x.dtype is not torch.float32 or x.dim() == 0:
+        raise KernelError(f"decoded_linear: x must be float32 with at least one dimension, got {x.dtype}")
+    x, k = x.contiguous(), x.shape[-1]
+    y = torch.empty((*x.shape[:-1], outputs))
+    if layout.numel() != cpu.native.decoded_layout_bytes(bits, outputs, k):
+        raise KernelError(f"decoded_linear: {layout.numel()} bytes of weights do not fit {outputs} x {k} codes")
+    try:
+        cpu.native.decoded_linear(
+            isa, bits, x.data_ptr(), y.numel() // outputs if outputs else 0, k, outputs, group_size or max(k, 1),
+            layout.data_ptr(), table.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    except ValueError as error:
+        raise KernelError(f"decoded_linear: {error}") from error
+    return y
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+_LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
+_NAME = _LIBRARY.define(
+    "decoded_linear(Tensor x, Tensor layout, Tensor table, Tensor scales, Tensor? zeros, Tensor? bias, "
+    "int outputs, int group_size, int bits, int isa) -> Tensor"
+)
+_LIBRARY.impl(_NAME, _decoded_linear, "CPU")
+torch.library.register_fake(f"bitwright::{_NAME}", lambda x, *rest: x.new_empty((*x.shape[:-1], rest[5])), lib=_LIBRARY)
