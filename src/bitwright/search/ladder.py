@@ -199,7 +199,7 @@ class _Ladder:
         self.layers = len(narrow_layers(task.plan))
         self.order: list[Layers] | None = None
         for trial in journal.trials.values():
-            say(f"{trial} (done before)")
+            say(f"{self.told(trial)} (done before)")
 
     def run(self) -> None:
         """Climb until the goal is met or nothing is left to try."""
@@ -245,8 +245,14 @@ class _Ladder:
             trial = Trial(name, raised, found.holds, *seen, error, time.monotonic() - start, found.note)
             best, rank = self.journal.best, self.task.goal.rank
             self.journal.add(trial, shipped, is_best=best is None or rank(trial) > rank(best))
-        self.say(str(trial))
+        self.say(self.told(trial))
         return trial
+
+    def told(self, trial: Trial) -> str:
+        """A line about a trial."""
+        if self.task.goal.max_drop is None or trial.failed:
+            return str(trial)
+        return f"{trial} -> {'holds' if trial.holds else 'does not hold'}"
 
     def build(self, rung: Rung, raised: int) -> tuple[nn.Module, float]:
         """The shipped model of a candidate, and its error on the calibration data; no other trial changes its bits."""
