@@ -18,6 +18,7 @@ from bitwright.algorithms.lockstep import Visit
 from bitwright.errors import BitwrightError
 from bitwright.nn.conv import as_images, geometry_of, pad
 from bitwright.nn.layer import QLayer
+from bitwright.nn.library import QInOutLinear
 from bitwright.nn.norm import factor_of
 from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import encode, simulate
@@ -58,6 +59,10 @@ class Layer:
             x = _first(call.args, call.kwargs)
             yield x if quantizer is None else quantizer.simulate(x).detach()
 
+    def raw_inputs(self) -> Iterator[Tensor]:
+        """Its input per batch, from the quantized prefix, before its own input quantizer."""
+        return (_first(call.args, call.kwargs) for call in self.visit.calls)
+
     def float_inputs(self) -> Iterator[Tensor]:
         """Its input per batch in the float model."""
         return (_first(call.float_args, call.float_kwargs) for call in self.visit.calls)
@@ -85,20 +90,26 @@ def _first(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
     return value
 
 
-def rows_of(module: QLayer, x: Tensor) -> Tensor:
+def rows_of(module: QLayer, x: Tensor, at: Tensor | None = None) -> Tensor:
     """The rows that the layer's weight rows are multiplied with, ``[groups, rows, k]``; k as in ``weight [o, k]``.
 
-    Raises `NotApplicableError` for transposed and 3-d convolutions.
+    With ``at`` only the rows of these indices, which is all that is built then. Raises `NotApplicableError` for
+    transposed and 3-d convolutions.
     """
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
+    if isinstance(module, (nn.Linear, QInOutLinear)):
+        rows = x.reshape(1, -1, x.shape[-1])
+        return rows if at is None else rows[:, at]
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         raise NotApplicableError(f"rows of a {type(module).__name__} are not built")
-    images, _ = as_images(module, pad(module, x))
     geometry = geometry_of(module)
-    columns = F.unfold(images, geometry.kernel_size, geometry.dilation, geometry.padding, geometry.stride)
-    split = columns.view(columns.shape[0], geometry.groups, -1, columns.shape[-1])
-    return split.permute(1, 0, 3, 2).reshape(geometry.groups, -1, split.shape[2])
+    (rows_pad, columns_pad), images = geometry.padding, as_images(module, pad(module, x))[0]
+    windows = F.pad(images, (columns_pad, columns_pad, rows_pad, rows_pad))
+    for axis, stride, width, step in zip((2, 3), geometry.stride, geometry.kernel_size, geometry.dilation, strict=True):
+        windows = windows.unfold(axis, step * (width - 1) + 1, stride)[..., ::step]
+    windows = windows.unflatten(1, (geometry.groups, -1)).permute(0, 3, 4, 1, 2, 5, 6)  # [n, h, w, groups, c, kh, kw]
+    places = windows.shape[:3]
+    picked = windows if at is None else windows[torch.unravel_index(at, places)]
+    return picked.reshape(-1, geometry.groups, windows.shape[4:].numel()).transpose(0, 1)
 
 
 @torch.no_grad()
@@ -110,6 +121,7 @@ def write_weight(module: QLayer, weight: Tensor, quantizer: Quantizer) -> None:
     stored, shape = weight, (-1, *[1] * (weight.dim() - 1))
     if module.norm:
         factor = factor_of(module.norm[0]).view(shape)
+        weight = torch.where(factor == 0, module.folded()[0], weight)
         stored = torch.where(factor == 0, module.as_rows(module.weight), (weight.double() / factor).float())
     qparams = quantizer.qparams
     assert qparams is not None

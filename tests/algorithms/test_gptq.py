@@ -1,0 +1,390 @@
+"""GPTQ: the sweep against its definition, what it stores, and that it is never worse than rounding to nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitwright as bw
+from bitwright.algorithms.gptq import inverse_factor, solve
+from bitwright.algorithms.grid import Grid
+from bitwright.algorithms.layers import Layer, NotApplicableError, rows_of
+from bitwright.algorithms.lockstep import Call, Visit
+from bitwright.algorithms.moments import Moments, moments
+from bitwright.algorithms.pipeline import LAYER, outcomes
+from bitwright.errors import PlanError
+from bitwright.nn.layer import QLayer
+from bitwright.nn.quantizer import Quantizer
+from bitwright.numerics.affine import encode
+from bitwright.numerics.spec import QParams, QuantSpec
+from bitwright.plan.step import METHODS, Step
+from nets import layer_plan, one_thread  # noqa: F401
+
+SPECS = (
+    "int4/channel",
+    "int3",
+    "uint4/channel/asym",
+    "uint3/group4/asym",
+    "int4/group8",
+    "nf4/group4/scale(int8/group4)",
+    "mxfp4",
+    "kmeans3/channel",
+    "kmeans2/group8",
+    "ternary/channel",
+    "binary/channel",
+    "fp8_e4m3/channel",
+)
+DEFAULTS = METHODS["gptq"].options
+
+
+def quantizer_of(weight: Tensor, spec: str) -> Quantizer:
+    quantizer = Quantizer("weight", QuantSpec.parse(spec), tuple(weight.shape), "minmax")
+    quantizer.fit(weight)
+    return quantizer
+
+
+def qparams_of(layer: Layer) -> QParams:
+    qparams = layer.quantizer.qparams
+    assert qparams is not None
+    return qparams
+
+
+def rounded(weight: Tensor, spec: str, moment: Tensor, damping: float = 0.01, *, act_order: bool = False) -> Tensor:
+    """What the sweep makes of ``weight [o, k]`` for ``E[x x^T]`` ``[k, k]``."""
+    grid = Grid.of(quantizer_of(weight, spec), weight, 1)
+    return solve(Moments(moment.double()[None]), weight[None], grid, damping, act_order=act_order)[0]
+
+
+def correlated(count: int) -> Tensor:
+    """The moment of rows whose singular values lie between 1 and 1e-2, evenly in their logarithm."""
+    basis = torch.linalg.qr(torch.randn(count, count, dtype=torch.float64)).Q
+    return (basis * torch.logspace(0, -4, count, dtype=torch.float64)) @ basis.T
+
+
+def visited(layer: nn.Module, weight: str, inputs: list[Tensor], input: str | None = "uint8/asym") -> Layer:
+    """A calibrated layer with a call per input, alike in the float model."""
+    model = bw.prepare(layer, layer_plan(layer, weight, input))
+    with torch.no_grad():
+        outputs = [model(x) for x in inputs]
+    bw.calibrate(model, inputs)
+    assert isinstance(model, QLayer)
+    calls = [Call((x,), {}, (x,), {}, out) for x, out in zip(inputs, outputs, strict=True)]
+    return Layer(Visit("", model.eval(), calls, 0, 1), model)
+
+
+def mixed(*shape: int) -> Tensor:
+    """Activations whose features depend on each other, as behind a layer and a ReLU."""
+    x = torch.randn(shape)
+    mixer = torch.randn(shape[1], shape[1]) * torch.linspace(1.0, 0.1, shape[1])
+    return torch.einsum("nc...,dc->nd...", x, mixer).relu()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "mxfp4"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_independent_inputs_are_rounded_to_nearest(spec: str, act_order: bool) -> None:
+    weight = torch.randn(6, 16)
+    found = rounded(weight, spec, torch.rand(16).diag(), act_order=act_order)
+    assert torch.equal(found, quantizer_of(weight, spec).simulate(weight))
+
+
+def test_correlated_inputs_trade_the_weights_error_for_the_outputs() -> None:
+    weight, moment = torch.randn(32, 64), correlated(64)
+    nearest = quantizer_of(weight, "int4/channel").simulate(weight)
+    found = rounded(weight, "int4/channel", moment)
+    error = Moments(moment[None]).error(weight[None], torch.stack([found, nearest])).view(2, -1).sum(1)
+    assert error[0] < 0.4 * error[1]
+    assert (found - weight).square().sum() > 1.2 * (nearest - weight).square().sum()
+
+
+def test_the_first_column_is_rounded_to_nearest() -> None:
+    weight, moment = torch.randn(8, 20), correlated(20)
+    nearest = quantizer_of(weight, "int3/channel").simulate(weight)
+    assert torch.equal(rounded(weight, "int3/channel", moment)[:, 0], nearest[:, 0])
+    first = int(moment.diagonal().argmax())
+    assert torch.equal(rounded(weight, "int3/channel", moment, act_order=True)[:, first], nearest[:, first])
+
+
+def test_two_columns_by_hand() -> None:
+    weight, moment = torch.tensor([[0.4, 7.0]]), torch.tensor([[1.0, 0.6], [0.6, 1.0]])
+    # the first becomes 0, and the second makes up for 0.4 * 0.6 / 1.0 of it: 7.24 stays 7, 6.8 + 0.24 becomes 7
+    assert rounded(weight, "int4/channel", moment, 0.0).tolist() == [[0.0, 7.0]]
+    grid = Grid.of(quantizer_of(weight, "int4/channel"), weight, 1)
+    found = solve(Moments(moment.double()[None]), torch.tensor([[[0.4, 6.3]]]), grid, 0.0)
+    assert found.tolist() == [[[0.0, 7.0]]]
+
+
+@pytest.mark.parametrize("count", [130, 300])
+def test_blocks_of_columns_change_nothing(count: int) -> None:
+    weight, moment = torch.randn(3, count), correlated(count)
+    upper = inverse_factor(moment[None], 0.01)[0]
+    left, grid = weight.double(), Grid.of(quantizer_of(weight, "int4/channel"), weight, 1)
+    expected = torch.empty_like(weight)
+    for i in range(count):  # Frantar 2023, section 3.3, without blocks
+        expected[:, i] = grid.nearest(left[None, :, i].float(), i)[0]
+        error = (left[:, i] - expected[:, i]) / upper[i, i]
+        left[:, i:] -= error[:, None] * upper[i, i:]
+    found = rounded(weight, "int4/channel", moment)
+    assert (found == expected).float().mean() > 0.99  # float32 against float64: an error near a tie moves all behind it
+
+
+def test_falling_diagonals_make_the_order_that_of_the_columns() -> None:
+    root = torch.linspace(2.0, 1.0, 24).diag()
+    moment = root @ (torch.eye(24) + 0.3) @ root
+    weight = torch.randn(5, 24)
+    assert torch.equal(*(rounded(weight, "int4/group8", moment, act_order=order) for order in (False, True)))
+
+
+def test_the_inverse_factor_is_that_of_the_inverse() -> None:
+    moment = torch.stack([correlated(12), 7 * correlated(12)])
+    upper = inverse_factor(moment, 0.1)
+    damped = torch.stack([m + 0.1 * m.diagonal().mean() * torch.eye(12) for m in moment])
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.mT @ upper, damped.inverse())
+
+
+def test_damping_grows_until_the_factor_exists() -> None:
+    x = torch.randn(3, 10, dtype=torch.float64)
+    moment = torch.stack([x.T @ x / 3, torch.eye(10).double(), torch.zeros(10, 10).double()])
+    upper = inverse_factor(moment, 0.0)
+    assert upper.isfinite().all()
+    assert torch.equal(upper[1], torch.eye(10))
+    assert torch.equal(upper[2], torch.eye(10))
+
+
+def test_columns_that_no_row_uses_are_rounded_to_nearest_and_change_no_other() -> None:
+    weight, moment = torch.randn(4, 12), correlated(12)
+    moment[5], moment[:, 5] = 0.0, 0.0
+    alive = torch.arange(12) != 5
+    found = rounded(weight, "int4", moment)
+    nearest = quantizer_of(weight, "int4").simulate(weight)
+    assert torch.equal(found[:, 5], nearest[:, 5])
+    damping = 0.01 * 11 / 12  # of the mean without that column, the same amount
+    grid = Grid.of(quantizer_of(weight, "int4"), weight[:, alive], 1)
+    alone = solve(Moments(moment[alive][:, alive][None]), weight[:, alive][None], grid, damping)[0]
+    assert torch.equal(found[:, alive], alone)
+
+
+def test_the_error_of_moments_is_the_sum_over_rows() -> None:
+    x, wanted = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
+    weight, found = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    inputs = (x.T @ x / 40)[None]
+    change = found - weight
+    whole = 40 * torch.trace(change @ inputs[0] @ change.T)  # N tr(dW (H / 2) dW^T) with H = 2 E[x x^T]
+    torch.testing.assert_close(whole, (x @ change.T).square().sum())
+    torch.testing.assert_close(Moments(inputs).error(weight[None], found[None]).sum() * 40, whole)
+    drifted = Moments(inputs, ((wanted - x).T @ x / 40)[None]).error(weight[None], found[None])
+    constant = ((wanted - x) @ weight.T).square().mean(0)
+    torch.testing.assert_close(drifted + constant, (wanted @ weight.T - x @ found.T).square().mean(0))
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_every_fifth_example_is_kept_apart(few: bool) -> None:
+    inputs = [mixed(2, 3, 6, 6)] if few else [mixed(4, 3, 6, 6), mixed(9, 3, 6, 6)]
+    conv = nn.Conv2d(3, 2, 3, stride=2, padding=1, bias=False)
+    layer = visited(conv, "int4/channel", inputs, None)
+    rows = torch.cat([nn.functional.unfold(x, 3, 1, 1, 2).mT for x in inputs]).double()
+    apart = torch.arange(rows.shape[1] * len(rows) if few else len(rows)) % 5 == 4
+    rows = rows.flatten(0, 1) if few else rows
+    for found, chosen in zip(moments(layer, drift=False), (~apart, apart), strict=True):
+        part = rows[chosen].reshape(-1, 27)
+        torch.testing.assert_close(found.inputs[0], part.T @ part / len(part))
+
+
+def test_rows_beyond_the_limit_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = mixed(400, 6)
+    layer = visited(nn.Linear(6, 4), "int4/channel", [x], None)
+    monkeypatch.setattr("bitwright.algorithms.moments.ROWS", 150)
+    part = x[torch.arange(400) % 5 != 4][::3]
+    torch.testing.assert_close(moments(layer, drift=False)[0].inputs[0].float(), part.T @ part / len(part))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect", groups=4),
+        nn.Conv1d(4, 6, 3, stride=2, padding=2, groups=2),
+    ],
+)
+def test_rows_times_weights_is_what_a_convolution_computes(conv: nn.Conv1d | nn.Conv2d) -> None:
+    x = torch.randn(3, 4, 9, 7) if isinstance(conv, nn.Conv2d) else torch.randn(3, 4, 9)
+    layer = visited(conv, "int4/channel", [x], None)
+    rows = rows_of(layer.module, x)
+    weight = conv.weight.view(conv.groups, -1, rows.shape[2])
+    out = (rows @ weight.mT).transpose(0, 1).flatten(1) + conv.bias
+    expected = conv(x).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(out, expected)
+    at = torch.tensor([0, 7, 3])
+    assert torch.equal(rows_of(layer.module, x, at), rows[:, at])
+
+
+def test_a_grouped_convolution_is_a_linear_layer_per_group() -> None:
+    x = mixed(300, 24, 1, 1)
+    conv = nn.Conv2d(24, 8, 1, groups=2, bias=False)
+    grouped = visited(conv, "int3/channel", [x], None)
+    LAYER["gptq"](grouped, DEFAULTS)
+    for part in range(2):
+        linear = nn.Linear(12, 4, bias=False)
+        linear.weight = nn.Parameter(conv.weight[4 * part : 4 * part + 4, :, 0, 0].detach().clone())
+        alone = visited(linear, "int3/channel", [x[:, 12 * part : 12 * part + 12, 0, 0].contiguous()], None)
+        LAYER["gptq"](alone, DEFAULTS)
+        assert torch.equal(grouped.weight[4 * part : 4 * part + 4, :, 0, 0], alone.weight)
+
+
+class Net(nn.Module):
+    """Convolutions of every kind whose rows are built, two of them with a batch norm, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.norm2 = nn.BatchNorm2d(12)
+        self.flat = nn.Conv1d(12, 8, 2)
+        self.linear = nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.grouped(self.plain(x).relu())).relu()
+        x = self.norm2(self.depthwise(x)).relu()
+        return self.linear(self.flat(x.flatten(2)).relu().mean(2))
+
+
+def net() -> Net:
+    out = Net()
+    for norm in (out.norm, out.norm2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+        nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        out.norm.weight[3] = 0.0
+    return out.eval()
+
+
+@pytest.mark.parametrize("weight", ["int4/channel", "int3", "uint4/channel/asym", "kmeans2/channel", "binary/channel"])
+def test_every_layer_improves_and_ships_the_codes_that_were_chosen(weight: str) -> None:
+    model, batches = net(), [mixed(8, 3, 8, 8) for _ in range(3)]
+    integer = weight.startswith("int")  # the products of others are computed in float
+    sites = {"*.weight": weight, "*.input": "uint8/asym" if integer else "float", "linear.*": "float"}
+    plan = bw.Plan.preset("w4a8", model, batches[0], sites=sites, steps=["gptq"])
+    prepared = bw.prepare(model, plan)
+    bw.calibrate(prepared, batches)
+    found = {outcome.path: outcome for outcome in outcomes(prepared)}
+    assert set(found) == {"plain", "grouped", "depthwise", "flat"}
+    assert all(o.skipped or (o.after or 0.0) < (o.before or 0.0) for o in found.values())
+    assert not found["grouped"].skipped
+    shipped, simulated = bw.convert(prepared)(batches[0]), prepared(batches[0])
+    assert torch.equal(shipped, simulated) if integer else torch.allclose(shipped, simulated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [*SPECS[:-1], "fp16"])
+def test_the_codes_of_a_layer_are_those_that_the_sweep_chose(spec: str) -> None:
+    torch.manual_seed(1)
+    linear, x = nn.Linear(32, 12), mixed(600, 32)
+    layer = visited(linear, spec, [x], "uint8/asym" if spec in ("int4/channel", "int3") else None)
+    weight, qparams = layer.weight.clone(), qparams_of(layer)
+    fit, apart = moments(layer, drift=False)
+    options = {**DEFAULTS, "match_float": False}
+    found = solve(fit, weight[None], Grid.of(layer.quantizer, weight, 1), 0.01, act_order=bool(options["act_order"]))
+    nearest = layer.quantizer.simulate(weight)
+    better = apart.error(weight[None], found) < apart.error(weight[None], nearest[None])
+    assert better.any()
+    before = layer.error()
+    LAYER["gptq"](layer, options)
+    assert layer.error() < before
+    chosen = torch.where(better.view(-1, 1), found[0], nearest)
+    codes = encode(layer.weight, layer.quantizer.spec, qparams)
+    assert torch.equal(codes, encode(chosen, layer.quantizer.spec, qparams))
+    assert torch.equal(layer.quantizer.simulate(layer.weight), chosen)
+
+
+def test_matching_the_float_model_makes_up_for_what_the_prefix_does_to_the_inputs() -> None:
+    wanted = mixed(500, 16)
+    x = 0.8 * wanted
+    errors = []
+    for match_float in (False, True):
+        torch.manual_seed(5)
+        layer = visited(nn.Linear(16, 8), "int4/channel", [x], None)
+        module = layer.module
+        call = Call((x,), {}, (wanted,), {}, nn.functional.linear(wanted, module.weight, module.bias).detach())
+        layer = Layer(Visit("", module, [call], 0, 1), module)
+        LAYER["gptq"](layer, {**DEFAULTS, "match_float": match_float})
+        errors.append(layer.error())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_scales_of_groups_follow_the_weights_that_are_left() -> None:
+    x = mixed(400, 48)
+    layer = visited(nn.Linear(48, 8), "uint3/group16/asym", [x], None)
+    scale = qparams_of(layer).scale.clone()
+    weight = layer.weight.clone()
+    before = layer.error()
+    LAYER["gptq"](layer, {**DEFAULTS, "act_order": False, "rescale": True, "match_float": False})
+    assert layer.error() < before
+    found = qparams_of(layer).scale
+    assert torch.equal(found[:, 0], scale[:, 0])  # nothing has changed these columns yet
+    assert not torch.equal(found[:, 1:], scale[:, 1:])
+    assert torch.equal(layer.quantizer.simulate(layer.weight), layer.weight)
+    assert not torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "reason"),
+    [
+        ({"rescale": True, "act_order": True}, "int4/group8", "set act_order to false"),
+        ({"rescale": True, "act_order": False}, "int4/channel", "found int4/channel"),
+        ({"rescale": True, "act_order": False}, "mxfp4", "groups with float scales"),
+    ],
+)
+def test_options_that_do_not_fit_say_so(options: dict[str, bool], spec: str, reason: str) -> None:
+    layer = visited(nn.Linear(32, 4), spec, [mixed(50, 32)], None)
+    with pytest.raises(NotApplicableError, match=reason):
+        LAYER["gptq"](layer, {**DEFAULTS, **options})
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_a_damping_below_nothing_is_an_error(damping: float) -> None:
+    layer = visited(nn.Linear(8, 4), "int4/channel", [mixed(50, 8)], None)
+    with pytest.raises(PlanError, match="damping must be a number of at least 0"):
+        LAYER["gptq"](layer, Step("gptq", {"damping": damping}).settings)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d(2, 2, 2), nn.ConvTranspose2d(2, 2, 2)])
+def test_layers_whose_rows_are_not_built_are_reported(layer: nn.Conv3d | nn.ConvTranspose2d) -> None:
+    x = torch.rand(6, 2, *[4] * (layer.weight.dim() - 2))
+    model = nn.Sequential(layer)
+    plan = bw.Plan.preset("w8a8", model, x, steps=["gptq"])
+    prepared = bw.prepare(model, plan)
+    bw.calibrate(prepared, [x])
+    (outcome,) = outcomes(prepared)
+    assert "are not built" in outcome.skipped
+
+
+def test_inputs_that_are_not_finite_are_reported() -> None:
+    x = mixed(50, 8)
+    layer = visited(nn.Linear(8, 4), "int4/channel", [x], None)
+    x[3, 2] = torch.inf
+    with pytest.raises(NotApplicableError, match="not finite"):
+        LAYER["gptq"](layer, DEFAULTS)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 30])
+@pytest.mark.parametrize("constant", [False, True])
+def test_little_data_does_no_harm(rows: int, constant: bool) -> None:
+    x = torch.ones(rows, 40) if constant else mixed(rows, 40)
+    layer = visited(nn.Linear(40, 16), "int3/channel", [x], None)
+    apart = moments(layer, drift=False)[1]
+    weight, nearest = layer.weight.clone(), layer.quantizer.simulate(layer.weight)
+    LAYER["gptq"](layer, {**DEFAULTS, "match_float": False})
+    written = apart.error(weight[None], layer.weight[None])
+    assert (written <= apart.error(weight[None], nearest[None])).all()
+    assert written.sum() < 0.9 * apart.error(weight[None], nearest[None]).sum()
+
+
+def test_inputs_that_tell_nothing_change_nothing() -> None:
+    layer = visited(nn.Linear(8, 4), "int4/channel", [torch.zeros(20, 8)], None)
+    weight = layer.weight.clone()
+    with pytest.raises(NotApplicableError, match="rounding to nearest is as good"):
+        LAYER["gptq"](layer, DEFAULTS)
+    assert torch.equal(layer.weight, weight)
