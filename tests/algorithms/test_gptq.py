@@ -212,6 +212,7 @@ def test_rows_times_weights_is_what_a_convolution_computes(conv: nn.Conv1d | nn.
     layer = visited(conv, "int4/channel", [x], None)
     rows = rows_of(layer.module, x)
     weight = conv.weight.view(conv.groups, -1, rows.shape[2])
+    assert conv.bias is not None
     out = (rows @ weight.mT).transpose(0, 1).flatten(1) + conv.bias
     expected = conv(x).movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(out, expected)
@@ -254,8 +255,9 @@ class Net(nn.Module):
 def net() -> Net:
     out = Net()
     for norm in (out.norm, out.norm2):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2.0)
+        norm.load_state_dict(
+            {**norm.state_dict(), "running_mean": torch.randn(12), "running_var": torch.rand(12) + 0.5}
+        )
         nn.init.normal_(norm.weight)
     with torch.no_grad():
         out.norm.weight[3] = 0.0

@@ -82,7 +82,7 @@ def _examples(module: QLayer, x: Tensor) -> int:
 
 def _products(module: QLayer, sides: tuple[Tensor, ...], at: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over the rows ``at`` of ``x x^T`` and ``(x_float - x) x^T``, ``[1 or 2, groups, k, k]`` float64."""
-    size = max(1, _PART // module.weight[0].numel() // (1 if module.weight.dim() == 2 else module.groups))
+    size = max(1, _PART // (module.as_rows(module.weight)[0].numel() * int(getattr(module, "groups", 1))))
     total: Tensor | float = 0.0
     for part in at.split(size):
         rows = [rows_of(module, side, part).to(dtype) for side in sides]
