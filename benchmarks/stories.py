@@ -1,4 +1,4 @@
-"""A real small language model of the Llama architecture, stories260K, in transformers' classes; its text; perplexity."""
+"""A real small model of the Llama architecture, stories260K, in transformers' classes; its text; perplexity."""
 
 from __future__ import annotations
 

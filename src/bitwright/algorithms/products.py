@@ -20,6 +20,7 @@ from bitwright.nn.layer import QLayer
 from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import choose_qparams, live_qparams, simulate
 from bitwright.numerics.qtensor import snap_scale
+from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.fit import weight_qparams
 from bitwright.observe.observer import make_observer
 
@@ -86,43 +87,39 @@ def quantized_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, QLayer
 def rounded(weight: Tensor, quantizer: Quantizer, *, coarse: bool = False) -> Tensor:
     """``weight [o, k]`` as the quantizer would simulate it once calibrated; ``coarse`` searches its range roughly."""
     spec = quantizer.spec
-    found = quantizer.observer_name if not coarse or quantizer.observer_name != "mse" else "minmax"
-    best = _simulated(weight, quantizer, found)
-    if not coarse or found == quantizer.observer_name or not spec.format.is_integer:
-        return best
-    return _coarsely(weight, quantizer, best)
+    if coarse and quantizer.observer_name == "mse" and spec.format.is_integer:
+        return _coarsely(weight, spec)
+    qparams = weight_qparams(weight, spec, quantizer.observer_name)
+    if spec.scale is not None:
+        qparams = replace(qparams, scale=snap_scale(qparams.scale, spec))
+    return simulate(weight, spec, qparams)
 
 
-def _simulated(weight: Tensor, quantizer: Quantizer, observer: str) -> Tensor:
-    qparams = weight_qparams(weight, quantizer.spec, observer)
-    if quantizer.spec.scale is not None:
-        qparams = replace(qparams, scale=snap_scale(qparams.scale, quantizer.spec))
-    return simulate(weight, quantizer.spec, qparams)
-
-
-def _coarsely(weight: Tensor, quantizer: Quantizer, best: Tensor) -> Tensor:
-    """The least squared error, per range, of a few ranges inside the extremes."""
-    spec = quantizer.spec
-    blocks, shape = spec.granularity.blocks(weight), spec.granularity.scale_shape(weight.shape)
+def _coarsely(x: Tensor, spec: QuantSpec) -> Tensor:
+    """``x`` simulated with the best, per range, of a few ranges inside its extremes."""
+    blocks, shape = spec.granularity.blocks(x), spec.granularity.scale_shape(x.shape)
     low, high = blocks.amin(-1).view(shape), blocks.amax(-1).view(shape)
-    least = spec.granularity.blocks((best - weight).square()).sum(-1, keepdim=True)
-    for factor in _SHRINK[1:]:
-        trial = simulate(weight, spec, choose_qparams(low * factor, high * factor, spec))
-        error = spec.granularity.blocks((trial - weight).square()).sum(-1, keepdim=True)
-        better = (error < least).expand(blocks.shape).reshape(weight.shape)
+    best, least = x, torch.full((*blocks.shape[:-1], 1), torch.inf)
+    for factor in _SHRINK:
+        trial = simulate(x, spec, choose_qparams(low * factor, high * factor, spec))
+        error = spec.granularity.blocks((trial - x).square()).sum(-1, keepdim=True)
+        better = (error < least).expand(blocks.shape).reshape(x.shape)
         best, least = torch.where(better, trial, best), torch.minimum(error, least)
     return best
 
 
-def passed_on(x: Tensor, quantizer: Quantizer | None) -> Tensor:
-    """``x`` as an input quantizer would simulate it once calibrated on it."""
+def passed_on(x: Tensor, quantizer: Quantizer | None, *, coarse: bool = False) -> Tensor:
+    """``x`` as an input quantizer would simulate it once calibrated on it; ``coarse`` as in `rounded`."""
     if quantizer is None:
         return x
-    if quantizer.spec.dynamic:
-        return simulate(x, quantizer.spec, live_qparams(x, quantizer.spec))
+    spec = quantizer.spec
+    if spec.dynamic:
+        return simulate(x, spec, live_qparams(x, spec))
+    if coarse and quantizer.observer_name == "mse" and spec.format.is_integer:
+        return _coarsely(x, spec)
     observer = make_observer(quantizer.observer_name)
     observer.update(x)
-    return simulate(x, quantizer.spec, observer.qparams(quantizer.spec))
+    return simulate(x, spec, observer.qparams(spec))
 
 
 def product_error(
@@ -130,7 +127,8 @@ def product_error(
 ) -> float:
     """Squared error of the products of all ``layers`` with ``x [n, k]``, relative to their squares.
 
-    ``scale [k]`` divides the input and multiplies the weights before they are quantized.
+    ``scale [k]`` divides the input and multiplies the weights before they are quantized. ``coarse`` is for comparing
+    many scales: where ranges are searched for, it tries a few only.
     """
     shared: dict[int, Tensor] = {}
     noise = power = 0.0
@@ -139,7 +137,7 @@ def product_error(
         weight = rows_of_weight(layer)
         wanted = x @ weight.T
         if (key := id(layer.input_quantizer)) not in shared:
-            shared[key] = passed_on(x if scale is None else x / scale, layer.input_quantizer)
+            shared[key] = passed_on(x if scale is None else x / scale, layer.input_quantizer, coarse=coarse)
         codes = rounded(weight if scale is None else weight * scale, layer.weight_quantizer, coarse=coarse)
         noise += (shared[key] @ codes.T - wanted).square().sum().item()
         power += wanted.square().sum().item()

@@ -57,14 +57,14 @@ def _smooth(
     model: nn.Module, point: FoldPoint, layers: Mapping[str, QLayer], seen: Seen, grid: Sequence[float]
 ) -> Outcome:
     rows, channels = seen.sample, point.channels(width_of(model, point))
-    before = product_error(rows, layers)
     factors = [smoothing(channels, seen.most, layers, alpha) for alpha in grid]
-    errors = [product_error(rows, layers, s[channels]) for s in factors]
-    best = min(range(len(grid)), key=errors.__getitem__)
-    if len(grid) > 1 and errors[best] >= before:
+    errors = [product_error(rows, layers, s[channels], coarse=True) for s in factors] if len(grid) > 1 else [0.0]
+    best = factors[min(range(len(grid)), key=errors.__getitem__)]
+    before, after = product_error(rows, layers), product_error(rows, layers, best[channels])
+    if len(grid) > 1 and after >= before:
         return Outcome(STEP, point.source, skipped="no strength lowers the error of the quantized products")
-    fold(model, point, factors[best])
-    return Outcome(STEP, point.source, before, errors[best])
+    fold(model, point, best)
+    return Outcome(STEP, point.source, before, after)
 
 
 def smoothing(channels: Tensor, most: Tensor, layers: Mapping[str, QLayer], alpha: float) -> Tensor:
