@@ -29,6 +29,14 @@ USER_CODE = """
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    def evaluation():
+        model, g = build().eval(), torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            return [(x, model(x).argmax(1)) for x in torch.randn(800, 3, 8, 8, generator=g).split(50)]
+
+    def right(model, batch):
+        return (model(batch[0]).argmax(1) == batch[1]).float()
+
     def accuracy(model):
         with torch.no_grad():
             return sum((model(x).argmax(1) == y).float().mean().item() for x, y in train_batches()) / 4
@@ -104,8 +112,41 @@ def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder, run):
         "--max-bytes", "5", "-o", "best",
     )  # fmt: skip
     assert code == 1
-    assert "best answer" in out
+    assert "is the best answer found" in " ".join(out.split())
     assert (folder / "best" / "plan.toml").exists()
+
+
+QUANTIZE = ("quantize", "mymodel:build", "--data", "mymodel:batches")
+ITEMS = ("--score", "mymodel:right", "--evaluation", "mymodel:evaluation")
+
+
+def test_the_ladder_prints_its_rungs_and_goes_on_where_it_was(folder, ok):
+    arguments = (*QUANTIZE, *ITEMS, "--max-drop", "0.1", "--work", "climb", "--time-budget", "600", "-o", "climbed")
+    told = ok(*arguments)
+    assert "The ladder" in told
+    assert "nearest (best)" in told
+    assert "at most" in told
+    assert (folder / "climb" / "state.json").exists()
+    assert (folder / "climb" / "best-nearest" / "plan.toml").exists()
+    assert (folder / "climbed" / "plan.toml").exists()
+    assert "done before" in ok(*arguments)
+
+
+def test_a_goal_that_needs_more_time_exits_1_and_names_the_best(folder, run):
+    code, out, _ = run(
+        *QUANTIZE, "--score", "mymodel:accuracy", "--max-drop=-1", "--time-budget", "0.001", "-o", "short"
+    )
+    assert code == 1
+    assert "stopped: " in out
+    assert "the goal was not met; nearest in short is the best answer found" in " ".join(out.split())
+    assert (folder / "short" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("level", ["fp32", "fp16", "int8", "int4"])
+def test_levels_by_name(folder, ok, level):
+    told = ok(*QUANTIZE, "--score", "mymodel:accuracy", "--level", level, "-o", f"level-{level}")
+    assert "The ladder" in told
+    assert (folder / f"level-{level}" / "plan.toml").exists() == (level != "fp32")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +159,12 @@ def test_goal_that_cannot_be_met_exits_1_and_saves_the_best(folder, run):
         (("plan", "mymodel:build", "--data", "mymodel:batches", "--set", "foo.*=int8"), "matches none"),
         (("plan", "mymodel:build", "--data", "mymodel:batches", "--set", "foo"), "PATTERN=SPEC"),
         (("convert", "mymodel:build", "missing", "-o", "x"), "does not exist"),
+        ((*QUANTIZE, "--score", "mymodel:accuracy", "--level", "int5", "-o", "x"), "unknown level 'int5'"),
+        (
+            (*QUANTIZE, "--score", "mymodel:accuracy", "--max-drop", "1", "--recipe", "x", "-o", "x"),
+            "unknown recipe 'x'",
+        ),
+        ((*QUANTIZE, *ITEMS, "--max-drop", "0.001", "-o", "x"), "evaluation has 800"),
         (("explain", "missing.toml", "a.weight"), "cannot read plan"),
     ],
 )

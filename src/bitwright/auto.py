@@ -32,9 +32,10 @@ LEVELS = {
 class Result:
     """The shipped model, its plan, whether the goal was met and with what confidence, scores, bytes, and the report.
 
-    ``confidence`` is None where models were compared by one score each, and where the goal was not met. ``trials`` are
-    all candidates in the order they were tried, ``folder`` is where the model was saved, ``stopped`` says why the climb
-    ended early. ``float_score`` is that of the same items as ``score``.
+    ``trials`` are all candidates in the order they were tried, ``best`` is the name of the one that was taken.
+    ``confidence`` is None where models were compared by one score each, and where the goal was not met.
+    ``float_score`` is that of the same items as ``score``; ``folder`` is where the model was saved, ``stopped`` says
+    why the climb ended early.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Result:
     score: float
     bytes: int
     report: Report
+    best: str
     confidence: float | None = None
     trials: tuple[Trial, ...] = ()
     folder: Path | None = None
@@ -134,7 +136,7 @@ def _unchanged(model: nn.Module, plan: Plan, judge: Judge, goal: Goal) -> Result
     trial = Trial("float", 0, found.holds, found.score, 0.0, found.low, found.high, found.items, size)
     report = Report(f"{type(model).__name__} in float", [], [Row("float", found.score, bytes=size)])
     met = goal.max_bytes is None or size <= goal.max_bytes
-    return Result(model, plan, met, found.score, found.score, size, report, trials=(trial,))
+    return Result(model, plan, met, found.score, found.score, size, report, trial.name, trials=(trial,))
 
 
 def _result(model: nn.Module, found: Climb, judge: Judge, goal: Goal, example: Any) -> Result:
@@ -159,8 +161,8 @@ def _result(model: nn.Module, found: Climb, judge: Judge, goal: Goal, example: A
         {"shipped": bits_per_layer(found.model)},
     )
     return Result(
-        found.model, plan, met, float_score, best.score, best.bytes, report, sure, found.trials, found.folder,
-        found.stopped,
+        found.model, plan, met, float_score, best.score, best.bytes, report, best.name, sure, found.trials,
+        found.folder, found.stopped,
     )  # fmt: skip
 
 

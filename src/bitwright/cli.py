@@ -19,7 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from bitwright.auto import quantize_model
+from bitwright.algorithms.pipeline import calibrate as calibrate_model
+from bitwright.auto import LEVELS, quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import measure
 from bitwright.bench.report import to_table, write_text
@@ -27,7 +28,6 @@ from bitwright.demo import run_demo
 from bitwright.errors import BitwrightError, CheckpointError
 from bitwright.export.onnx import export as export_model
 from bitwright.export.parity import parity
-from bitwright.flow.calibrate import calibrate as calibrate_model
 from bitwright.flow.checkpoint import load, load_weights, save
 from bitwright.flow.convert import convert as convert_model
 from bitwright.flow.convert import is_converted
@@ -39,6 +39,8 @@ from bitwright.kernels.table import explain as explain_kernels
 from bitwright.plan.plan import Plan
 from bitwright.plan.presets import PRESETS
 from bitwright.plan.site import Site, matching, operator_of, rows_shape
+from bitwright.search.ladder import INTERRUPTED
+from bitwright.search.table import trials_table
 from bitwright.train.loop import train as train_model
 from bitwright.train.schedule import Schedule
 from bitwright.userspec import load_object
@@ -130,25 +132,38 @@ def convert(model: Model, folder: Folder, out: Out) -> None:
 def quantize(
     model: Model,
     data: Data,
-    score: Score,
+    score: Annotated[str, typer.Option(help="score(model) -> float, or with --evaluation score(model, batch) -> [n]")],
     out: Out,
     weights: Weights = None,
+    evaluation: Annotated[str | None, typer.Option(help="batches that score gets one by one; tells how sure")] = None,
     max_drop: Annotated[float | None, typer.Option(help="largest loss of score")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="largest file")] = None,
-    preset: Annotated[str, typer.Option(help="where to start")] = "w4a8",
+    level: Annotated[str | None, typer.Option(help=f"where to start: {', '.join(LEVELS)}")] = None,
+    preset: Annotated[str | None, typer.Option(help="where to start, by preset [default: w4a8]")] = None,
     target: Annotated[str, typer.Option(help="where the model will run")] = "cpu",
+    recipe: Annotated[list[str] | None, typer.Option(help="rung to climb, repeatable [default: all]")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder that keeps the best; the same call goes on there")] = None,
+    time_budget: Annotated[float | None, typer.Option(help="seconds after which the best so far is taken")] = None,
 ) -> None:
-    """The whole line in one call: the smallest mix of a preset and 8 bits that keeps the score."""
+    """The whole line in one call: recipes from cheap to expensive, then 8 bits, until the score is kept."""
     result = quantize_model(
-        _model(model, weights), list(_batches(data)), load_object(score), max_drop=max_drop, max_bytes=max_bytes,
-        preset=preset, target=target, on_trial=console.print,
+        _model(model, weights), list(_batches(data)), load_object(score),
+        evaluation=None if evaluation is None else _batches(evaluation), max_drop=max_drop, max_bytes=max_bytes,
+        level=level, preset=preset, target=target, recipes=recipe, work=work, time_budget=time_budget,
+        on_trial=console.print,
     )  # fmt: skip
+    console.print(trials_table(result.trials, result.best))
+    if all(spec is None for spec in result.plan.sites.values()):
+        console.print("level fp32 leaves the model as it is; nothing was written")
+        raise typer.Exit(0 if result.met else 1)
     save(result.model, out)
     write_text(out.with_suffix(".html"), to_html(result.report))
     console.print(to_table(result.report))
     console.print(f"wrote {out} and {out.with_suffix('.html')}")
+    if result.stopped == INTERRUPTED:
+        raise KeyboardInterrupt
     if not result.met:
-        console.print("the goal was not met; this is the best answer found")
+        console.print(f"the goal was not met; {result.best} in {out} is the best answer found", highlight=False)
         raise typer.Exit(1)
 
 

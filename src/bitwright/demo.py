@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitwright.algorithms.pipeline import calibrate
 from bitwright.auto import quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import Measurement, measure
@@ -24,7 +25,6 @@ from bitwright.bench.report import Report, Row, bits_per_layer, to_markdown, to_
 from bitwright.errors import MissingExtraError
 from bitwright.export.onnx import export
 from bitwright.export.parity import parity
-from bitwright.flow.calibrate import calibrate
 from bitwright.flow.checkpoint import save
 from bitwright.flow.convert import convert
 from bitwright.flow.evaluate import evaluate, item_scores, paired_drop
@@ -179,8 +179,9 @@ def _quantize(model: nn.Module, data: Digits, progress: Progress) -> list[_Versi
     versions.append(_Version("w4a4 QAT", trained, convert(trained)))
     task = progress.add_task("mixed w4a4 / w8a8", total=1)
     mixed = quantize_model(
-        model, x[:512].split(128), lambda m: evaluate(m, data.validation, log_likelihood), max_drop=0.01, preset="w4a4"
-    )
+        model, x[:512].split(128), lambda m: evaluate(m, data.validation, log_likelihood), max_drop=0.01,
+        preset="w4a4", recipes=("nearest", "bias correction", "gptq"),
+    )  # fmt: skip
     simulated = prepare(model, mixed.plan)
     calibrate(simulated, x[:512].split(128))
     versions.append(_Version("mixed PTQ", simulated, mixed.model))

@@ -32,6 +32,8 @@ from bitwright.search.judge import Judge
 FRACTIONS = 8
 """How finely the share of layers at 8 bits is searched where items are scored: every candidate costs confidence."""
 
+INTERRUPTED = "interrupted"
+
 
 @dataclass(frozen=True, slots=True)
 class Rung:
@@ -162,7 +164,7 @@ def climb(
     except KeyboardInterrupt:
         if ladder.journal.best is None:
             raise
-        stopped = "interrupted"
+        stopped = INTERRUPTED
     if stopped:
         say(f"stopped: {stopped}")
     journal = ladder.journal
