@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bitwright.algorithms.bias import bias_correction
+from bitwright.algorithms import statistics
+from bitwright.algorithms.bias import analytic_bias_correction, bias_correction
+from bitwright.algorithms.equalize import absorb_high_bias, equalize
 from bitwright.algorithms.layers import Layer, NotApplicableError
 from bitwright.algorithms.lockstep import Forward, run_counts, visits
 from bitwright.algorithms.outcome import Outcome
@@ -23,11 +25,26 @@ from bitwright.graph.dataflow import call
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.plan.step import Step, Value
 
-FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value]], list[Outcome]]] = {}
+FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value]], list[Outcome]]] = {
+    "cle": equalize,
+    "absorb_high_bias": absorb_high_bias,
+}
 """Methods of the moment ``float``: they change the prepared model, which computes the same in float afterwards."""
 
-LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], None]] = {"bias_correction": bias_correction}
-"""Methods of the moment ``layer``: they change the layer, or raise `NotApplicableError` with the reason."""
+LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], str | None]] = {
+    "bias_correction": bias_correction,
+    "bn_reestimation": statistics.bn_reestimation,
+    "affine_repair": statistics.affine_repair,
+    "ranges": statistics.ranges,
+}
+"""Methods of the moment ``layer``: they change the layer, or raise `NotApplicableError` with the reason.
+
+They may return a note about what they left as it was."""
+
+FORESEEN: dict[str, Callable[[nn.Module, Any, Forward], Callable[[Layer, Mapping[str, Value]], str | None]]] = {
+    "analytic_bias_correction": analytic_bias_correction
+}
+"""Methods of the moment ``layer`` that look at the calibrated model and one batch first, then at layer after layer."""
 
 
 def calibrate(
@@ -83,6 +100,8 @@ def _layer_steps(
     refused = _refused(model, batches[0], forward)
     layers = [path for path, module in model.named_modules() if isinstance(module, QLayer) and path not in refused]
     found = [Outcome(step.name, path, skipped=reason) for path, reason in refused.items() for step in steps]
+    foreseen = {s.name: FORESEEN[s.name](model, batches[0], forward) for s in steps if s.name in FORESEEN}
+    methods = LAYER | foreseen
     for visit in visits(model, batches, forward, layers):
         on_layer(visit.path, visit.done, visit.total)
         assert isinstance(visit.module, QLayer)
@@ -90,12 +109,12 @@ def _layer_steps(
         before = layer.error()
         for step in steps:
             try:
-                LAYER[step.name](layer, step.settings)
+                note = methods[step.name](layer, step.settings)
             except NotApplicableError as reason:
                 found.append(Outcome(step.name, visit.path, skipped=str(reason)))
             else:
                 after = layer.error()
-                found.append(Outcome(step.name, visit.path, before, after))
+                found.append(Outcome(step.name, visit.path, before, after, note=note or ""))
                 before = after
     return found
 

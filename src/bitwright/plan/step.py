@@ -34,7 +34,15 @@ class Method:
     options: Mapping[str, Value] = field(default_factory=dict)
 
 
-METHODS: dict[str, Method] = {"bias_correction": Method("layer")}
+METHODS: dict[str, Method] = {
+    "cle": Method("float"),
+    "absorb_high_bias": Method("float", {"borders": False}),
+    "bias_correction": Method("layer"),
+    "analytic_bias_correction": Method("layer"),
+    "bn_reestimation": Method("layer"),
+    "affine_repair": Method("layer"),
+    "ranges": Method("layer"),
+}
 
 
 @dataclass(frozen=True, slots=True)
