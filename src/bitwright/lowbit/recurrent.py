@@ -55,8 +55,11 @@ class LowbitGRU(LowbitRecurrent):
 
 
 def _product(part: nn.Module) -> Product:
-    """The part as a function; a weight that its kernel would decode at every call is decoded once per sequence."""
-    if isinstance(part, LowbitLinear) and part.kernel.name == "linear/decode":
+    """The part as a function; a weight that its kernel would decode at every call is decoded once per sequence.
+
+    Simulation does the same, so float products agree bit for bit over all steps.
+    """
+    if isinstance(part, LowbitLinear) and part.kernel.name.startswith("linear/decode"):
         return partial(_decoded_product, part, dequantize(part.weight))
     return part
 
