@@ -15,6 +15,7 @@ from torch import nn
 from bitwright.algorithms import statistics
 from bitwright.algorithms.bias import analytic_bias_correction, bias_correction
 from bitwright.algorithms.equalize import absorb_high_bias, equalize
+from bitwright.algorithms.gptq import gptq
 from bitwright.algorithms.layers import Layer, NotApplicableError
 from bitwright.algorithms.lockstep import Forward, run_counts, visits
 from bitwright.algorithms.outcome import Outcome
@@ -33,6 +34,7 @@ FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value
 
 LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], str | None]] = {
     "bias_correction": bias_correction,
+    "gptq": gptq,
     "bn_reestimation": statistics.bn_reestimation,
     "affine_repair": statistics.affine_repair,
     "ranges": statistics.ranges,

@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "bn_reestimation": Method("layer"),
     "affine_repair": Method("layer"),
     "ranges": Method("layer"),
+    "gptq": Method("layer", {"damping": 0.01, "act_order": True, "match_float": True, "rescale": False}),
 }
 
 
