@@ -93,8 +93,8 @@ def test_correlated_inputs_trade_the_weights_error_for_the_outputs() -> None:
     nearest = quantizer_of(weight, "int4/channel").simulate(weight)
     found = rounded(weight, "int4/channel", moment)
     error = Moments(moment[None]).error(weight[None], torch.stack([found, nearest])).view(2, -1).sum(1)
-    assert error[0] < 0.4 * error[1]
-    assert (found - weight).square().sum() > 1.2 * (nearest - weight).square().sum()
+    assert error[0] < 0.3 * error[1]
+    assert (found - weight).square().sum() > 1.8 * (nearest - weight).square().sum()
 
 
 def test_the_first_column_is_rounded_to_nearest() -> None:
@@ -231,6 +231,19 @@ def test_a_grouped_convolution_is_a_linear_layer_per_group() -> None:
         alone = visited(linear, "int3/channel", [x[:, 12 * part : 12 * part + 12, 0, 0].contiguous()], None)
         LAYER["gptq"](alone, DEFAULTS)
         assert torch.equal(grouped.weight[4 * part : 4 * part + 4, :, 0, 0], alone.weight)
+
+
+def test_a_weight_stored_as_in_times_out_is_treated_as_its_transpose() -> None:
+    x = mixed(200, 12)
+    linear = nn.Linear(12, 6)
+    plain = visited(linear, "int3/channel", [x], None)
+    turned = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 12)
+    turned.load_state_dict({"weight": linear.weight.detach().t().contiguous(), "bias": linear.bias.detach()})
+    layer = visited(turned, "int3/channel", [x], None)
+    for either in (plain, layer):
+        LAYER["gptq"](either, DEFAULTS)
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.module.weight.t(), plain.weight)
 
 
 class Net(nn.Module):
