@@ -13,12 +13,15 @@ from typing import Any, Literal
 from torch import nn
 
 from bitwright.algorithms import statistics
+from bitwright.algorithms.awq import awq
 from bitwright.algorithms.bias import analytic_bias_correction, bias_correction
 from bitwright.algorithms.equalize import absorb_high_bias, equalize
 from bitwright.algorithms.gptq import gptq
 from bitwright.algorithms.layers import Layer, NotApplicableError
 from bitwright.algorithms.lockstep import Forward, run_counts, visits
 from bitwright.algorithms.outcome import Outcome
+from bitwright.algorithms.rotate import rotate
+from bitwright.algorithms.smoothquant import smoothquant
 from bitwright.errors import CalibrationError
 from bitwright.flow import calibrate as ranges
 from bitwright.flow.prepare import plan_of
@@ -29,6 +32,9 @@ from bitwright.plan.step import Step, Value
 FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value]], list[Outcome]]] = {
     "cle": equalize,
     "absorb_high_bias": absorb_high_bias,
+    "smoothquant": smoothquant,
+    "awq": awq,
+    "rotate": rotate,
 }
 """Methods of the moment ``float``: they change the prepared model, which computes the same in float afterwards."""
 

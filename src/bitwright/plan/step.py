@@ -35,6 +35,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "smoothquant": Method("float", {"alpha": 0.5, "search": False}),
+    "awq": Method("float", {"clip": True}),
+    "rotate": Method("float", {"seed": 0}),
     "cle": Method("float"),
     "absorb_high_bias": Method("float", {"borders": False}),
     "bias_correction": Method("layer"),
