@@ -37,6 +37,14 @@ USER_CODE = """
     def right(model, batch):
         return (model(batch[0]).argmax(1) == batch[1]).float()
 
+    calls = []
+
+    def interrupted(model):
+        calls.append(model)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return accuracy(model)
+
     def accuracy(model):
         with torch.no_grad():
             return sum((model(x).argmax(1) == y).float().mean().item() for x, y in train_batches()) / 4
@@ -140,6 +148,13 @@ def test_a_goal_that_needs_more_time_exits_1_and_names_the_best(folder, run):
     assert "stopped: " in out
     assert "the goal was not met; nearest in short is the best answer found" in " ".join(out.split())
     assert (folder / "short" / "model.safetensors").exists()
+
+
+def test_an_interrupted_climb_saves_the_best_and_exits_130(folder, run):
+    code, out, _ = run(*QUANTIZE, "--score", "mymodel:interrupted", "--max-drop=-1", "-o", "half")
+    assert code == 130
+    assert "stopped: interrupted" in out
+    assert (folder / "half" / "plan.toml").exists()
 
 
 @pytest.mark.parametrize("level", ["fp32", "fp16", "int8", "int4"])

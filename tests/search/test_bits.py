@@ -11,6 +11,8 @@ from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
 from bitwright.search.bits import most_sensitive_first, narrow_layers, output_error, with_eight_bits
+from bitwright.search.judge import PointJudge
+from bitwright.search.ladder import Goal, Task, climb, known_rungs
 
 FAST = {"weight": "minmax", "input": "minmax"}
 
@@ -127,3 +129,13 @@ def test_the_order_is_that_of_the_errors_of_models_with_one_quantized_module(net
 
 def test_the_error_of_an_equal_model_is_zero(net: nn.Module) -> None:
     assert output_error(net, net, batches()) == 0.0
+
+
+def test_the_cheap_rungs_run_on_modules_of_every_kind(net: nn.Module) -> None:
+    rungs = [rung for rung in known_rungs() if "brecq" not in rung.steps]  # brecq takes its time
+    goal = Goal(max_drop=-1.0)
+    task = Task(net, plan_of_preset(net, "w4a8"), batches(), batches()[0], goal)
+    found = climb(task, PointJudge(net, lambda m: 1.0, goal.max_drop), rungs)
+    assert [trial.name for trial in found.trials[: len(rungs)]] == [rung.name for rung in rungs]
+    assert [trial.failed for trial in found.trials] == [""] * len(found.trials)
+    assert found.trials[len(rungs)].raised == len(narrow_layers(task.plan))

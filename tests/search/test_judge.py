@@ -61,6 +61,16 @@ def test_without_a_limit_all_items_are_scored() -> None:
     assert found.items == 4000
 
 
+def test_sorted_data_does_not_deceive() -> None:
+    net, other = made(), made(1)
+    easy, hard = [], []
+    for x, y in labelled(net, 60):
+        agree = other(x).argmax(1) == y
+        easy.append((x[agree], y[agree])), hard.append((x[~agree], y[~agree]))
+    found = judge(net, 0.2, evaluation=easy + hard)(other, quiet)
+    assert not found.holds
+
+
 def test_the_float_model_scores_each_batch_once() -> None:
     net, calls = made(), []
 
