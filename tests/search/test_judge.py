@@ -11,7 +11,7 @@ from ladders import data, labelled, made, paired, right
 from torch import Tensor, nn
 
 from bitwright.errors import NumericsError
-from bitwright.search.judge import PairedJudge, PointJudge
+from bitwright.search.judge import FEWEST, PairedJudge, PointJudge, alike
 from bitwright.search.sequential import items_needed
 
 
@@ -26,12 +26,13 @@ def quiet() -> None:
 
 def test_equal_models_are_decided_with_as_few_items_as_can_be() -> None:
     net = made()
-    found = judge(net)(made(), quiet)
-    needed = items_needed(torch.zeros(1), torch.ones(1), 0.1, 0.05 / 5, 1.0)
+    found = judge(net, 0.008, evaluation=labelled(net, 60))(made(), quiet)
+    needed = items_needed(torch.zeros(1), torch.ones(1), 0.008, 0.05 / 5, 1.0)
     assert found.holds
     assert found.drop == 0
     assert needed is not None
-    assert needed <= found.items < needed + 100
+    assert FEWEST * 100 < needed <= found.items < needed + 100
+    assert judge(net)(made(), quiet).items == FEWEST * 100
 
 
 def test_another_model_is_turned_down_early() -> None:
@@ -69,6 +70,14 @@ def test_sorted_data_does_not_deceive() -> None:
         easy.append((x[agree], y[agree])), hard.append((x[~agree], y[~agree]))
     found = judge(net, 0.2, evaluation=easy + hard)(other, quiet)
     assert not found.holds
+
+
+def test_random_batches_are_alike_mostly_and_sorted_ones_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = (torch.rand(400, 12, 100, generator=generator) < 0.1).double()
+    assert sum(alike(list(one)) for one in items) > 0.97 * 400
+    assert not any(alike(list(one.flatten().sort().values.view(12, 100))) for one in items)
+    assert alike([torch.zeros(3), torch.zeros(5)])
 
 
 def test_the_float_model_scores_each_batch_once() -> None:

@@ -21,6 +21,9 @@ from bitwright.search.sequential import PairedTest, items_needed
 CONFIDENCE = 0.95
 """Of the whole climb: the 5 % are shared out evenly among all candidates that it could ever try."""
 
+FEWEST = 8
+"""Batches that are scored before a candidate is accepted early."""
+
 Tick = Callable[[], None]
 
 
@@ -89,6 +92,8 @@ class PairedJudge:
 
     Batches are visited in one random order, the float model scores each of them once. ``candidates`` is the number of
     models that this judge may be asked about: each answer is wrong with a probability of at most 5 % of its reciprocal.
+    That holds for independent items. Data sorted by class are not that batch by batch, only as a whole: a candidate is
+    accepted early only after `FEWEST` batches, and while they differ no more than chance makes them.
     Raises `NumericsError` for a score that is not repeatable or out of ``score_range``, and for too few items.
     """
 
@@ -132,7 +137,7 @@ class PairedJudge:
     def __call__(self, candidate: nn.Module, tick: Tick) -> Verdict:
         """Score batches until the drop is shown to hold or not to hold, or until they end."""
         test = PairedTest(0.0 if self.max_drop is None else self.max_drop, self.level, self.span)
-        total, answer = 0.0, None
+        total, answer, seen = 0.0, None, []
         for index in self.order:
             tick()
             before, after = self._float(index), self._items(candidate, index)
@@ -141,12 +146,16 @@ class PairedJudge:
                 raise NumericsError(f"score(model, batch) returned {found}; it must return one per item")
             total += after.sum().item()
             answer = test.update(before - after)
-            if answer is not None and self.max_drop is not None:
+            seen.append((before, before - after))
+            if self.max_drop is not None and (answer is False or (answer and self._may_accept(seen))):
                 break
         low, high = test.interval()
         holds = self.max_drop is None or answer is True
         note = self._undecided(test) if answer is None and self.max_drop is not None else ""
         return Verdict(holds, total / test.items, test.drop, low, high, test.items, note)
+
+    def _may_accept(self, seen: list[tuple[Tensor, Tensor]]) -> bool:
+        return len(seen) >= FEWEST and all(alike(batches) for batches in zip(*seen, strict=True))
 
     def _undecided(self, test: PairedTest) -> str:
         needed = test.needed()
@@ -203,3 +212,18 @@ class PairedJudge:
                 f"confidence, even if no score changes; evaluation has {found:,}. Pass more, allow a larger drop, or "
                 "pass score(model) -> float to compare without confidence"
             )
+
+
+def alike(batches: Sequence[Tensor]) -> bool:
+    """Whether the means of batches differ no more than those of random draws: chi-square test, 1 %, equal variances.
+
+    >>> alike([torch.zeros(50), torch.ones(50)]), alike([torch.arange(50.0), torch.arange(50.0)])
+    (False, True)
+    """
+    items, sizes = torch.cat(list(batches)), torch.tensor([len(batch) for batch in batches])
+    means = torch.stack([batch.mean() for batch in batches])
+    between = (sizes * (means - items.mean()).square()).sum().item()
+    spread = items.var(correction=0).item()
+    freedom = max(len(batches) - 1, 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 2.326 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty 1931
+    return between <= limit * spread
