@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -215,6 +219,18 @@ def test_dead_channels_keep_their_factor_and_silent_ones_stop_to_widen_the_next_
     assert difference(net(x), model(x)) < 1e-5
 
 
+def test_channels_that_nobody_reads_stop_to_widen_the_layer_that_makes_them() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[0].weight[1] *= 100.0
+        net[2].weight[:, 1] = 0.0
+    x = torch.randn(16, 6)
+    model = prepared(net, x)
+    run(equalize, model, x)
+    assert rows(model[0])[1] <= rows(model[0])[[0, 2, 3]].max() * 1.001
+    assert difference(net(x), model(x)) < 1e-5
+
+
 def shifted(padding: int = 0, relu: nn.Module | None = None) -> Any:
     """Channels that a ReLU never clips: beta far above 3 gamma."""
     torch.manual_seed(1)
@@ -259,15 +275,15 @@ def test_absorption_is_refused_where_the_next_layer_pads_or_has_no_norm_before_i
     assert "gelu" in found["3"].skipped.lower()
 
 
-def uneven(pairs: list[tuple[Any, nn.Module]]) -> None:
-    """Give the channels between batch norms and the layers behind them very different sizes."""
+def uneven(places: list[tuple[Any, Any, Any]]) -> None:
+    """Give the channels between a norm and the next layer very different sizes, but for those without weights."""
     with torch.no_grad():
-        for norm, conv in pairs:
-            factor = (1.5 * torch.randn(norm.num_features)).exp()
+        for before, norm, after in places:
+            alive = (before.weight.flatten(1).norm(dim=1) * norm.weight).abs() > 1e-6
+            factor = torch.where(alive, (1.5 * torch.randn(norm.num_features)).exp(), 1.0)
             norm.weight.mul_(factor)
             norm.bias.mul_(factor)
-            depthwise = getattr(conv, "groups", 1) > 1
-            conv.weight.div_(factor.view([-1, 1, 1, 1] if depthwise else [1, -1, 1, 1]))
+            after.weight.div_(factor.view([-1, 1, 1, 1] if after.groups > 1 else [1, -1, 1, 1]))
 
 
 def noise(model: nn.Module, x: Tensor, wanted: Tensor) -> float:
@@ -281,7 +297,7 @@ def test_per_tensor_weights_of_a_badly_scaled_network_recover(tmp_path: Path) ->
         layers += [nn.Conv2d(inputs, 16, 3, 1, 1, groups=groups), nn.BatchNorm2d(16), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Conv2d(16, 4, 1))
     settled_plain(net, x)
-    uneven([(net[i], net[i + 2]) for i in (1, 4, 7, 10)])
+    uneven([(net[i - 1], net[i], net[i + 2]) for i in (1, 4, 7, 10)])
     with torch.no_grad():
         wanted = net(x)
     errors = []
@@ -309,3 +325,40 @@ def test_factors_of_folded_norms_go_into_gamma_and_beta() -> None:
     assert torch.equal(model.norm.running_var, variance)
     assert torch.allclose(model.norm.weight / before[0], model.norm.bias / before[1], rtol=1e-4)
     assert torch.allclose((model.norm.weight / before[0]).double(), factor_of(model.norm) / before[2], rtol=1e-4)
+
+
+def pictures(folder: Path, count: int) -> Tensor:
+    """CIFAR-10 images as the person detector takes them: 96x96, values from 0 to 1."""
+    with np.load(folder / "cifar10_lossless4k" / "cifar10_lossless_4000.npz") as data:
+        pixels = torch.from_numpy(data["x"][:count]).permute(0, 3, 1, 2).float() / 255
+    return F.interpolate(pixels, (96, 96), mode="bilinear")
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_published_mobilenet_with_one_scale_per_weight(shared_data: Path) -> None:
+    net = bw.load_weights(MobileNetV1(), shared_data / "mlperf_tiny" / "vww_mobilenetv1_025.pt").eval()
+    images = pictures(shared_data, 264)
+    calibration, x = images[:64], images[64:]
+    with torch.no_grad():
+        wanted = net(x)
+        model = prepared(net, x[:2])
+        equalize(model, [x[:8]], call, {})
+        assert difference(wanted[:8], model(x[:8])) < 1e-5
+    twin = copy.deepcopy(net)
+    parts = [twin.stem, *twin.blocks]
+    uneven([(one.conv, one.bn, two.conv) for one, two in itertools.pairwise(parts)])
+    found = {}
+    for name, start in (("uneven", twin), ("published", net)):
+        for steps in ((), ("cle",), ("cle", "bias_correction")):
+            model = prepared(start, x[:2], steps=steps)
+            bw.calibrate(model, calibration.split(32))
+            model.eval()
+            with torch.no_grad():
+                same = (model(x).argmax(1) == wanted.argmax(1)).float().mean().item()
+            found[name, len(steps)] = same, -20 * math.log10(noise(model, x, wanted))
+            print(name, steps, f"same {100 * same:.1f} %, {found[name, len(steps)][1]:.1f} dB")
+    assert found["published", 2][1] > max(21.0, found["published", 0][1] + 6)
+    assert found["published", 2][0] >= 0.98
+    assert found["uneven", 0][1] < 3
+    assert found["uneven", 2][1] > 20

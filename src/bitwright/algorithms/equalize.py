@@ -114,16 +114,18 @@ class _Joint:
     def factor(self, first: Tensor, second: Tensor, silent: Tensor) -> Tensor:
         """What to divide the first layer's channels by, float64, from the magnitudes of both weights as encoded.
 
-        Channels without weights on one side keep theirs. ``silent`` ones, whose output is 0 whatever comes in, only
-        must not have the largest weights of the second layer.
+        Channels without weights on one side only must not have the largest weights on the other: those that nobody
+        reads in the first layer, those of ``silent`` ones (0 whatever comes in) in the second. Others keep theirs.
         """
         rows, columns = first.flatten(1).amax(1).double(), self.columns(second).amax((1, 3)).flatten().double()
-        alive = (rows > _DEAD * rows.max()) & (columns > _DEAD * columns.max())
+        no_rows, no_columns = (side <= _DEAD * side.max() for side in (rows, columns))
+        alive = ~(no_rows | no_columns)
         factor = torch.where(alive, (rows / columns).sqrt(), 1.0)
         if not alive.any():
             return factor
         common = (rows * columns).sqrt()[alive].max()
-        return torch.where(silent & ~alive, (common / columns).clamp(max=1.0), factor)
+        factor = torch.where(silent & no_rows, (common / columns).clamp(max=1.0), factor)
+        return torch.where(no_columns & ~no_rows, (rows / common).clamp(min=1.0), factor)
 
     def silent(self) -> Tensor:
         """Channels of the first layer without weights, whose bias a ReLU makes 0."""
