@@ -10,7 +10,15 @@ from bitwright.algorithms.pipeline import calibrate
 from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
-from bitwright.search.bits import most_sensitive_first, narrow_layers, output_error, with_eight_bits
+from bitwright.search.bits import (
+    first_that_holds,
+    last_that_holds,
+    levels,
+    most_sensitive_first,
+    narrow_layers,
+    output_error,
+    with_eight_bits,
+)
 from bitwright.search.judge import PointJudge
 from bitwright.search.ladder import Goal, Task, climb, known_rungs
 
@@ -139,3 +147,18 @@ def test_the_cheap_rungs_run_on_modules_of_every_kind(net: nn.Module) -> None:
     assert [trial.name for trial in found.trials[: len(rungs)]] == [rung.name for rung in rungs]
     assert [trial.failed for trial in found.trials] == [""] * len(found.trials)
     assert found.trials[len(rungs)].raised == len(narrow_layers(task.plan))
+
+
+def test_levels_are_all_counts_or_eighths() -> None:
+    assert levels(0, paired=True) == levels(0, paired=False) == []
+    assert levels(5, paired=True) == [1, 2, 3, 4, 5]
+    assert len(levels(1000, paired=True)) == 8
+    assert levels(1000, paired=True)[-1] == 1000
+
+
+@pytest.mark.parametrize("border", range(6))
+def test_bisection_finds_the_border(border: int) -> None:
+    assert first_that_holds(5, lambda n: n >= border) == border
+    assert last_that_holds(5, lambda n: n <= border) == border
+    assert first_that_holds(5, lambda n: False) == 5
+    assert last_that_holds(5, lambda n: False) == 0

@@ -24,7 +24,7 @@ from bitwright.plan.plan import Plan
 from bitwright.search import ladder
 from bitwright.search.journal import STATE
 from bitwright.search.ladder import RUNGS as ALL
-from bitwright.search.ladder import Goal, Rung, first_that_holds, known_rungs, last_that_holds, levels
+from bitwright.search.ladder import Goal, Rung, known_rungs
 
 PROGRAM = Path(__file__).with_name("ladders.py")
 
@@ -341,18 +341,3 @@ def test_every_rung_of_the_ladder_is_a_valid_recipe() -> None:
         plan = Plan.preset("w4a8", net, data()[0], steps=rung.steps)
         assert [step.name for step in plan.steps] == list(rung.steps)
     assert ALL[0] == Rung("nearest")
-
-
-def test_levels_are_all_counts_or_eighths() -> None:
-    assert levels(0, paired=True) == levels(0, paired=False) == []
-    assert levels(5, paired=True) == [1, 2, 3, 4, 5]
-    assert len(levels(1000, paired=True)) == 8
-    assert levels(1000, paired=True)[-1] == 1000
-
-
-@pytest.mark.parametrize("border", range(6))
-def test_bisection_finds_the_border(border: int) -> None:
-    assert first_that_holds(5, lambda n: n >= border) == border
-    assert last_that_holds(5, lambda n: n <= border) == border
-    assert first_that_holds(5, lambda n: False) == 5
-    assert last_that_holds(5, lambda n: False) == 0

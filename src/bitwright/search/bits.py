@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from bitwright.plan.plan import Plan
 
 Layers = tuple[str, ...]
 """Paths of modules that must move together, because they share a weight; mostly just one."""
+
+FRACTIONS = 8
+"""How finely the share of layers at 8 bits is searched where items are scored: every candidate costs confidence."""
 
 _WIDE = QuantSpec.parse("int8/channel")
 
@@ -114,3 +117,32 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 def _squared(one: list[Tensor], other: list[Tensor]) -> float:
     return sum((a - b).square().sum().item() for a, b in zip(one, other, strict=True))
+
+
+def levels(layers: int, *, paired: bool) -> list[int]:
+    """Numbers of layers at 8 bits that may be tried: all of them, or eighths where every candidate costs confidence.
+
+    >>> levels(20, paired=True), levels(3, paired=False)
+    ([3, 5, 8, 10, 13, 15, 18, 20], [1, 2, 3])
+    """
+    if not paired:
+        return list(range(1, layers + 1))
+    return sorted({-(-layers * part // FRACTIONS) for part in range(1, FRACTIONS + 1)} - {0})
+
+
+def first_that_holds(count: int, holds: Callable[[int], bool]) -> int:
+    """Smallest number in 0..count that holds, by bisection; ``count`` if none does."""
+    if holds(0):
+        return 0
+    bad, good = 0, count
+    if not holds(count):
+        return count
+    while good - bad > 1:
+        middle = (bad + good) // 2
+        bad, good = (bad, middle) if holds(middle) else (middle, good)
+    return good
+
+
+def last_that_holds(count: int, holds: Callable[[int], bool]) -> int:
+    """Largest number in 0..count that holds, by bisection; 0 if none does."""
+    return count - first_that_holds(count, lambda number: holds(count - number))

@@ -24,13 +24,19 @@ from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
 from bitwright.plan.step import METHODS, Step
-from bitwright.search.bits import Layers, most_sensitive_first, narrow_layers, output_error, with_eight_bits
+from bitwright.search.bits import (
+    Layers,
+    first_that_holds,
+    last_that_holds,
+    levels,
+    most_sensitive_first,
+    narrow_layers,
+    output_error,
+    with_eight_bits,
+)
 from bitwright.search.digest import digest
 from bitwright.search.journal import Journal, Trial
 from bitwright.search.judge import Judge
-
-FRACTIONS = 8
-"""How finely the share of layers at 8 bits is searched where items are scored: every candidate costs confidence."""
 
 INTERRUPTED = "interrupted"
 
@@ -121,17 +127,6 @@ def known_rungs(names: Sequence[str] | None = None, *, data: bool = True) -> tup
     if not chosen:
         raise PlanError(f"{', '.join(names)} need calibration data; pass batches")
     return chosen
-
-
-def levels(layers: int, *, paired: bool) -> list[int]:
-    """Numbers of layers at 8 bits that may be tried: all of them, or eighths where every candidate costs confidence.
-
-    >>> levels(20, paired=True), levels(3, paired=False)
-    ([3, 5, 8, 10, 13, 15, 18, 20], [1, 2, 3])
-    """
-    if not paired:
-        return list(range(1, layers + 1))
-    return sorted({-(-layers * part // FRACTIONS) for part in range(1, FRACTIONS + 1)} - {0})
 
 
 def candidates(plan: Plan, rungs: Sequence[Rung]) -> int:
@@ -285,21 +280,3 @@ class _Ladder:
         """Stop in the middle of a trial when time is over and there is something to return."""
         if self.budget is not None and self.journal.best and time.monotonic() - self.start > self.budget:
             raise _StopError(f"the time budget of {self.budget:g} s ended in the middle of a trial, which was given up")
-
-
-def first_that_holds(count: int, holds: Callable[[int], bool]) -> int:
-    """Smallest number in 0..count that holds, by bisection; ``count`` if none does."""
-    if holds(0):
-        return 0
-    bad, good = 0, count
-    if not holds(count):
-        return count
-    while good - bad > 1:
-        middle = (bad + good) // 2
-        bad, good = (bad, middle) if holds(middle) else (middle, good)
-    return good
-
-
-def last_that_holds(count: int, holds: Callable[[int], bool]) -> int:
-    """Largest number in 0..count that holds, by bisection; 0 if none does."""
-    return count - first_that_holds(count, lambda number: holds(count - number))
