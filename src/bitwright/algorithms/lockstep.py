@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.graph.dataflow import evaluating
 from bitwright.nn.quantizer import Quantizer, Stage
@@ -144,9 +144,15 @@ class _Hooks:
 
 
 def visits(
-    model: nn.Module, batches: Sequence[Any], forward: Forward, paths: Iterable[str]
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    paths: Iterable[str],
+    floats: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> Generator[Visit, None, None]:
     """Visit the modules at ``paths`` of a prepared, calibrated model in the order they run, in eval mode.
+
+    ``floats`` are parameters of the float model that earlier steps have changed since.
 
     Modules must not contain each other and each runs once per forward (see `run_counts`). Those that no batch reaches
     are not visited. What the caller changes in a module, the simulated runs compute from then on.
@@ -157,8 +163,8 @@ def visits(
         floating, simulated = ([_Run(model, batch, forward) for batch in batches] for _ in range(2))
         try:
             while True:
-                _advance(model, hooks, floating, floating=True)
-                _advance(model, hooks, simulated, floating=False)
+                _advance(model, hooks, floating, floating=True, floats=floats or {})
+                _advance(model, hooks, simulated, floating=False, floats={})
                 path = next((run.at for run in simulated if run.at is not None), None)
                 if path is None:
                     return
@@ -174,10 +180,12 @@ def _call(simulated: _Run, floating: _Run) -> Call:
     return Call(*simulated.seen, *floating.seen)
 
 
-def _advance(model: nn.Module, hooks: _Hooks, runs: list[_Run], *, floating: bool) -> None:
+def _advance(
+    model: nn.Module, hooks: _Hooks, runs: list[_Run], *, floating: bool, floats: Mapping[nn.Parameter, Tensor]
+) -> None:
     """Let every run go on that has not begun, or whose module was visited."""
     hooks.floating = floating
-    with computing_in_float(model) if floating else nullcontext():
+    with computing_in_float(model) if floating else nullcontext(), holding(floats):
         for run in runs:
             if not run.finished and (run.at is None or run.at in hooks.visited):
                 run.resume()
@@ -194,6 +202,19 @@ def computing_in_float(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, stage in quantizers:
             quantizer.stage = stage
+
+
+@contextmanager
+def holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside the block these parameters hold other values."""
+    held = [(parameter, parameter.data) for parameter in values]
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in held:
+            parameter.data = value
 
 
 def run_counts(model: nn.Module, batch: Any, forward: Forward, paths: Iterable[str]) -> Counter[str]:

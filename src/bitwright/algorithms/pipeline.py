@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.algorithms import statistics
 from bitwright.algorithms.awq import awq
 from bitwright.algorithms.bias import analytic_bias_correction, bias_correction
+from bitwright.algorithms.blocks import find_blocks
 from bitwright.algorithms.equalize import absorb_high_bias, equalize
 from bitwright.algorithms.gptq import gptq
 from bitwright.algorithms.layers import Layer, NotApplicableError
 from bitwright.algorithms.lockstep import Forward, run_counts, visits
 from bitwright.algorithms.outcome import Outcome
+from bitwright.algorithms.reconstruct import Block, adaquant, adaround, brecq
 from bitwright.algorithms.rotate import rotate
 from bitwright.algorithms.smoothquant import smoothquant
 from bitwright.errors import CalibrationError
@@ -41,6 +44,8 @@ FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value
 LAYER: dict[str, Callable[[Layer, Mapping[str, Value]], str | None]] = {
     "bias_correction": bias_correction,
     "gptq": gptq,
+    "adaround": adaround,
+    "adaquant": adaquant,
     "bn_reestimation": statistics.bn_reestimation,
     "affine_repair": statistics.affine_repair,
     "ranges": statistics.ranges,
@@ -53,6 +58,9 @@ FORESEEN: dict[str, Callable[[nn.Module, Any, Forward], Callable[[Layer, Mapping
     "analytic_bias_correction": analytic_bias_correction
 }
 """Methods of the moment ``layer`` that look at the calibrated model and one batch first, then at layer after layer."""
+
+BLOCK: dict[str, Callable[[Block, Mapping[str, Value]], None]] = {"brecq": brecq}
+"""Methods of the moment ``block``: they change the layers of a block, or raise `NotApplicableError` with the reason."""
 
 
 def calibrate(
@@ -86,9 +94,14 @@ def calibrate(
     for step in (step for step in steps if step.method.moment == "float"):
         found += FLOAT[step.name](model, batches, forward, step.settings)
     missed = ranges.calibrate(model, batches, forward=forward, unseen=unseen)
+    show = on_layer or (lambda *_: None)
     chosen = [step for step in steps if step.method.moment == "layer"]
+    blockwise = [step for step in steps if step.method.moment == "block"]
+    floats = _parameters(model) if chosen and blockwise else {}
     if chosen:
-        found += _layer_steps(model, batches, forward, chosen, on_layer or (lambda *_: None))
+        found += _layer_steps(model, batches, forward, chosen, show)
+    if blockwise:
+        found += _block_steps(model, batches, forward, blockwise, floats, show)
     model.bitwright_outcomes = tuple(found)  # type: ignore[assignment]
     return missed
 
@@ -110,21 +123,59 @@ def _layer_steps(
     found = [Outcome(step.name, path, skipped=reason) for path, reason in refused.items() for step in steps]
     foreseen = {s.name: FORESEEN[s.name](model, batches[0], forward) for s in steps if s.name in FORESEEN}
     methods = LAYER | foreseen
-    for visit in visits(model, batches, forward, layers):
-        on_layer(visit.path, visit.done, visit.total)
-        assert isinstance(visit.module, QLayer)
-        layer = Layer(visit, visit.module)
-        before = layer.error()
-        for step in steps:
-            try:
-                note = methods[step.name](layer, step.settings)
-            except NotApplicableError as reason:
-                found.append(Outcome(step.name, visit.path, skipped=str(reason)))
-            else:
-                after = layer.error()
-                found.append(Outcome(step.name, visit.path, before, after, note=note or ""))
-                before = after
+    with closing(visits(model, batches, forward, layers)) as walk:
+        for visit in walk:
+            on_layer(visit.path, visit.done, visit.total)
+            assert isinstance(visit.module, QLayer)
+            layer = Layer(visit, visit.module)
+            before = layer.error()
+            for step in steps:
+                try:
+                    note = methods[step.name](layer, step.settings)
+                except NotApplicableError as reason:
+                    found.append(Outcome(step.name, visit.path, skipped=str(reason)))
+                else:
+                    after = layer.error()
+                    found.append(Outcome(step.name, visit.path, before, after, note=note or ""))
+                    before = after
     return found
+
+
+def _block_steps(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    steps: Sequence[Step],
+    floats: Mapping[nn.Parameter, Tensor],
+    on_layer: Callable[[str, int, int], None],
+) -> list[Outcome]:
+    refused = _refused(model, batches[0], forward)
+    layers = [path for path, module in model.named_modules() if isinstance(module, QLayer) and path not in refused]
+    found = [Outcome(step.name, path, skipped=reason) for path, reason in refused.items() for step in steps]
+    blocks = find_blocks(model, batches[0], forward, layers)
+    with closing(visits(model, batches, forward, blocks, floats)) as walk:
+        for visit in walk:
+            on_layer(visit.path, visit.done, visit.total)
+            block = Block(visit, [model.get_submodule(path) for path in blocks[visit.path]], floats)  # type: ignore[misc]
+            before = block.error()
+            for step in steps:
+                try:
+                    BLOCK[step.name](block, step.settings)
+                except NotApplicableError as reason:
+                    found.append(Outcome(step.name, visit.path, skipped=str(reason)))
+                else:
+                    after = block.error()
+                    found.append(Outcome(step.name, visit.path, before, after))
+                    before = after
+    return found
+
+
+def _parameters(model: nn.Module) -> dict[Any, Tensor]:
+    """Copies of the parameters and running statistics that methods of a layer change: those of the float model."""
+    layers = [module for module in model.modules() if isinstance(module, QLayer)]
+    buffers = [buffer for layer in layers for norm in layer.norm for buffer in norm.buffers()]
+    parameters = [parameter for layer in layers for parameter in layer.own_parameters()]
+    return {tensor: tensor.detach().clone() for tensor in (*parameters, *buffers)}
 
 
 def _refused(model: nn.Module, batch: Any, forward: Forward) -> dict[str, str]:

@@ -103,7 +103,7 @@ def residual_adds(flow: Dataflow, model: nn.Module) -> list[Node]:
             continue
         if node.shapes[0] != node.shapes[1] or node.inputs[0] == node.inputs[1]:
             continue
-        left, right = (_ancestors(flow, source) for source in node.inputs)
+        left, right = (ancestors(flow, source) for source in node.inputs)
         if left & right and _computed(flow, left ^ right, model):
             found.append(node)
     return found
@@ -120,7 +120,7 @@ def products(flow: Dataflow, kind: str, model: nn.Module) -> list[Node]:
         if node.kind == "function"
         and node.name in KINDS[kind].recorded
         and -1 not in node.sources[:2]
-        and all(_computed(flow, _ancestors(flow, source), model) for source in node.sources[:2])
+        and all(_computed(flow, ancestors(flow, source), model) for source in node.sources[:2])
     ]
 
 
@@ -129,7 +129,7 @@ def concatenations(flow: Dataflow, model: nn.Module) -> list[Node]:
     found = []
     for node in flow.nodes:
         if node.kind == "function" and node.name in KINDS["cat"].recorded and len(set(node.inputs)) > 1:
-            above = [_ancestors(flow, source) for source in node.inputs]
+            above = [ancestors(flow, source) for source in node.inputs]
             apart = [flow.nodes[i] for i in set.union(*above) - set.intersection(*above)]
             parts = all(n.name == "neg" or is_view(n, model) for n in apart)  # rotary embeddings turn halves
             if not parts and _computed(flow, set.union(*above), model):
@@ -177,7 +177,7 @@ def first_layers(flow: Dataflow, model: nn.Module) -> list[str]:
     found = []
     for node in flow.nodes:
         if isinstance(_module(node, model), COMPUTING) and node.inputs and node.name not in found:
-            above = _ancestors(flow, node.inputs[0])
+            above = ancestors(flow, node.inputs[0])
             if not any(
                 isinstance(_module(flow.nodes[i], model), (*COMPUTING, nn.Embedding, nn.EmbeddingBag)) for i in above
             ):
@@ -219,7 +219,8 @@ def _only_user(flow: Dataflow, node: Node) -> Node | None:
     return flow.nodes[node.users[0]] if len(node.users) == 1 and node.index not in flow.outputs else None
 
 
-def _ancestors(flow: Dataflow, index: int) -> set[int]:
+def ancestors(flow: Dataflow, index: int) -> set[int]:
+    """Indices of all calls that the result of call ``index`` depends on, itself included."""
     seen: set[int] = set()
     queue = [index]
     while queue:

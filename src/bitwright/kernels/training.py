@@ -78,6 +78,17 @@ def add(a: Tensor, b: Tensor, left: Operand, right: Operand) -> Tensor:
     return _Sum.apply(a, b, left.scale, left.offset, right.scale, right.offset, left, right)  # type: ignore[no-any-return]
 
 
+def serves_values(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether the native kernels decode ``x``: float32 on the CPU, static codes of 8 bits with one scale."""
+    narrow = spec.format.is_integer and spec.format.bits <= 8 and not spec.dynamic and spec.granularity.kind == "tensor"
+    return cpu.native is not None and narrow and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def values(x: Tensor, operand: Operand) -> Tensor:
+    """The values of the codes of ``x``, equal to `numerics.ste.simulated` bit for bit; only ``x`` is kept."""
+    return _Values.apply(x, operand.scale, operand.offset, operand)  # type: ignore[no-any-return]
+
+
 def moments(y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     """Unbiased variance and mean over all axes but 1, float64; sums are taken of ``y - origin``, near the mean."""
     if cpu.native is None or y.device.type != "cpu" or y.dim() not in (2, 4):
@@ -85,6 +96,23 @@ def moments(y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     total, square = torch.ops.bitwright.moments(y, origin)
     count = y.numel() // y.shape[1]
     return (square - total * total / count) / (count - 1), origin.double() + total / count
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, offset: Tensor | None, operand: Operand) -> Tensor:
+        step, zero = operand.qparams.scale, operand.qparams.zero_point
+        ctx.save_for_backward(x, step, zero)
+        ctx.bounds, ctx.learning = operand.bounds, operand.learning
+        codes, factor = _values(x, step, zero, operand.bounds, torch.float32)
+        assert factor is not None
+        return codes.mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero = ctx.saved_tensors
+        dx, sums = _through(grads[0], x, scale, zero, ctx.bounds, ctx.learning, rows=1)
+        return (dx, *range_gradients(sums, ctx.bounds, zero, ctx.learning), None)
 
 
 class _Sum(torch.autograd.Function):

@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
     "affine_repair": Method("layer"),
     "ranges": Method("layer"),
     "gptq": Method("layer", {"damping": 0.01, "act_order": True, "match_float": True, "rescale": False}),
+    "adaround": Method("layer", {"iterations": 1000, "batch": 32, "seed": 0}),
+    "adaquant": Method("layer", {"iterations": 1000, "batch": 32, "seed": 0}),
+    "brecq": Method("block", {"iterations": 1000, "batch": 32, "drop": 0.0, "seed": 0}),
 }
 
 
