@@ -96,7 +96,7 @@ def adaround(layer: Layer, options: Mapping[str, Value]) -> None:
     Raises `NotApplicableError` for formats that are not integers, and where held-out rows say that it was no gain.
     """
     search, soft = _search(options), SoftWeight(layer.weight, _integer_weight(layer.module))
-    stand_ins = {(layer.module, "weight_quantizer"): soft}
+    stand_ins: dict[tuple[nn.Module, str], nn.Module] = {(layer.module, "weight_quantizer"): soft}
     problem = Problem(stand_ins, [_rounding([soft], search)], [soft])
     _reconstruct(layer.visit, problem, {layer.module: soft}, search)
 
