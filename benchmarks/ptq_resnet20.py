@@ -36,8 +36,10 @@ SETTINGS = {
 RECIPES: dict[str, tuple[str, ...]] = {
     "nearest": (),
     "bias": ("bias_correction",),
-    "gptq": ("gptq", "bias_correction"),
-    "blocks": ("brecq", "bias_correction"),
+    "repair": ("affine_repair",),
+    "gptq": ("gptq", "affine_repair"),
+    "gptq, bias": ("gptq", "bias_correction"),
+    "blocks": ("brecq",),
 }
 
 
