@@ -52,7 +52,7 @@ class Rung:
 RUNGS = (
     Rung("nearest"),
     Rung("bias correction", ("bias_correction",)),
-    Rung("gptq", ("gptq", "bias_correction")),
+    Rung("gptq", ("gptq", "affine_repair", "bias_correction")),
     Rung("block reconstruction", ("brecq",)),
 )
 """Recipes from the cheapest to the most expensive."""
