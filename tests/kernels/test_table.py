@@ -55,7 +55,9 @@ def test_float_inputs_and_odd_weights_decode(
 
 
 @pytest.mark.parametrize("isa", SUBSETS)
-@pytest.mark.parametrize("weight", ["int4/channel", "int4/group16", "nf4/channel", "uint8/channel/asym", "int8/group32"])
+@pytest.mark.parametrize(
+    "weight", ["int4/channel", "int4/group16", "nf4/channel", "uint8/channel/asym", "int8/group32"]
+)
 def test_packed_weights_meet_float_inputs_in_native_code(isa: str, weight: str) -> None:
     expected = f"linear/decode/{isa}" if "native" in SUBSETS[isa] else "linear/decode"
     assert chosen("linear", weight, None, SUBSETS[isa]) == expected
