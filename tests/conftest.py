@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 # Tensors in tests are small: a second thread would mostly wait, and the machine may be shared.
 torch.set_num_threads(1)
+
+# A shell starts background jobs with interrupts ignored, and what ignores them when Python starts stays ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Time limits per example only measure how busy the machine is.
 settings.register_profile("bitwright", deadline=None)

@@ -68,7 +68,10 @@ def test_a_converted_model_comes_back_bit_for_bit(kind: str, features: str, tmp_
     assert is_converted(again)
     assert not again.training
     with torch.no_grad():
-        assert torch.equal(again(x), simulated(x))
+        if kind == "weight only":  # a float sum, in the order of its instruction set (contract C3)
+            assert torch.allclose(again(x), simulated(x), rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(again(x), simulated(x))
     save(again, tmp_path / "again")
     one, other = (read_tensors(tmp_path / name / "model.safetensors") for name in ("shipped", "again"))
     assert one[1] == other[1]
