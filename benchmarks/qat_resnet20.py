@@ -9,7 +9,7 @@ seed. Writes results/qat_resnet20.json after every run and continues from it.
 The longer budget of the second command is for two bits on both sides (PACT, Choi 2018, table 2); its control too.
 
     python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --epochs 6 --only control W2A2
+    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2
 """
 
 from __future__ import annotations
