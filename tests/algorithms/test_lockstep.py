@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.algorithms.lockstep import run_counts, visits
+from bitwright.algorithms.pipeline import outcomes
 from bitwright.graph.dataflow import call
 from nets import one_thread  # noqa: F401
 
@@ -93,3 +94,30 @@ def test_run_counts_tell_order_and_repetition() -> None:
     model, batches = prepared()
     counts = run_counts(model, batches[0], lambda m, b: m.last(m.first(m.first(b))), PATHS)
     assert list(counts.items()) == [("first", 2), ("last", 1)]
+
+
+class Turning(nn.Module):
+    """Takes another layer in simulation than in float: the sign of a value that rounds to 0 decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(2, 1, bias=False), nn.Linear(1, 2), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.up(x) if float(x.abs().sum()) > 0 else self.down(x)
+
+
+def test_layers_that_only_the_simulated_run_reaches_are_named_and_left_alone() -> None:
+    net = Turning()
+    with torch.no_grad():
+        net.first.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    small, large = torch.tensor([[1e-6, 0.0]]), torch.tensor([[1.0, 1.0]])
+    sites = {"*.weight": "int8/channel", "*.input": "uint8/asym"}
+    plan = bw.Plan.preset("w8a8", net, large, sites=sites, steps=["bias_correction", "gptq"])
+    model = bw.prepare(net, plan)
+    bw.calibrate(model, [small, large], unseen="dynamic")
+    found = {(o.step, o.path): o.skipped for o in outcomes(model)}
+    reason = "no batch reached it both in float and in simulation"
+    assert found["gptq", "down"] == found["bias_correction", "down"] == reason
+    assert found["gptq", "up"] != reason

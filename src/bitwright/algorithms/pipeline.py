@@ -20,7 +20,7 @@ from bitwright.algorithms.blocks import find_blocks
 from bitwright.algorithms.equalize import absorb_high_bias, equalize
 from bitwright.algorithms.gptq import gptq
 from bitwright.algorithms.layers import Layer, NotApplicableError
-from bitwright.algorithms.lockstep import Forward, run_counts, visits
+from bitwright.algorithms.lockstep import Forward, Visit, run_counts, visits
 from bitwright.algorithms.outcome import Outcome
 from bitwright.algorithms.reconstruct import Block, adaquant, adaround, brecq
 from bitwright.algorithms.rotate import rotate
@@ -127,17 +127,7 @@ def _layer_steps(
         for visit in walk:
             on_layer(visit.path, visit.done, visit.total)
             assert isinstance(visit.module, QLayer)
-            layer = Layer(visit, visit.module)
-            before = layer.error()
-            for step in steps:
-                try:
-                    note = methods[step.name](layer, step.settings)
-                except NotApplicableError as reason:
-                    found.append(Outcome(step.name, visit.path, skipped=str(reason)))
-                else:
-                    after = layer.error()
-                    found.append(Outcome(step.name, visit.path, before, after, note=note or ""))
-                    before = after
+            found += _taken(steps, methods, Layer(visit, visit.module), visit)
     return found
 
 
@@ -157,16 +147,27 @@ def _block_steps(
         for visit in walk:
             on_layer(visit.path, visit.done, visit.total)
             block = Block(visit, [model.get_submodule(path) for path in blocks[visit.path]], floats)  # type: ignore[misc]
-            before = block.error()
-            for step in steps:
-                try:
-                    BLOCK[step.name](block, step.settings)
-                except NotApplicableError as reason:
-                    found.append(Outcome(step.name, visit.path, skipped=str(reason)))
-                else:
-                    after = block.error()
-                    found.append(Outcome(step.name, visit.path, before, after))
-                    before = after
+            found += _taken(steps, BLOCK, block, visit)
+    return found
+
+
+def _taken(
+    steps: Sequence[Step], methods: Mapping[str, Callable[..., str | None]], subject: Layer | Block, visit: Visit
+) -> list[Outcome]:
+    """The outcomes of all steps at one layer or block."""
+    if not visit.calls:  # the float model and the quantized one went different ways
+        reason = "no batch reached it both in float and in simulation"
+        return [Outcome(step.name, visit.path, skipped=reason) for step in steps]
+    found, before = [], subject.error()
+    for step in steps:
+        try:
+            note = methods[step.name](subject, step.settings)
+        except NotApplicableError as cause:
+            found.append(Outcome(step.name, visit.path, skipped=str(cause)))
+        else:
+            after = subject.error()
+            found.append(Outcome(step.name, visit.path, before, after, note=note or ""))
+            before = after
     return found
 
 
