@@ -1,7 +1,7 @@
 """README claim: what post-training recipes keep of ResNet20, from W8A8 to W2A8, without labels and without training.
 
-Two sets of float weights: ``finetuned`` on the JPEG training images and calibrated on 512 of them, and the ``published``
-ones, trained and calibrated on lossless images, which meet a shifted distribution in the test images. The first convolution
+Two sets of float weights: ``finetuned`` on the JPEG training images and calibrated on 512 of them, and ``published``,
+trained and calibrated on lossless images, for which the test images are a shifted distribution. The first convolution
 and the classifier have 8 bits, residual adds are quantized (8 bits, or 4 and 3 at W4A4 and W3A3), seed 0. Recipes were
 chosen on 2,000 other training images (``--validation``); the 10,000 test images are read for the table alone. Drops are
 paired with the float model. Writes results/ptq_resnet20.json after every row and continues from it.
