@@ -18,6 +18,7 @@ from bitwright.algorithms.lockstep import Forward, computing_in_float
 from bitwright.graph.dataflow import record
 from bitwright.graph.paths import Path, paths
 from bitwright.nn.layer import QLayer
+from bitwright.observe import ranks
 from bitwright.plan.step import Value
 
 _KEEPS_THE_MEAN = frozenset(
@@ -35,7 +36,8 @@ def bias_correction(layer: Layer, options: Mapping[str, Value]) -> None:
         noise = channels_last(found - wanted, layer)
         total = total + noise.double().sum(0)
         count += len(noise)
-    add_to_bias(layer.module, rounding_of_bias(layer.module) - total / max(count, 1))
+    total, [rows] = ranks.total(total), ranks.sums(count)
+    add_to_bias(layer.module, rounding_of_bias(layer.module) - total / max(rows, 1))
 
 
 def rounding_of_bias(module: QLayer) -> Tensor | float:
@@ -60,7 +62,7 @@ def analytic_bias_correction(
     the dataflow. Returns the method for one layer; what it needs of all norms is read now, before a layer changes.
     """
     with computing_in_float(model):
-        flow = record(model, batch, forward)
+        flow = ranks.first(record(model, batch, forward))
     means = {path.second: _expected_input(path, model) for path in paths(flow, model)}
 
     @torch.no_grad()

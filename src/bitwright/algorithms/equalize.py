@@ -22,6 +22,7 @@ from bitwright.algorithms.outcome import Outcome
 from bitwright.graph.dataflow import evaluating, record
 from bitwright.graph.paths import Path, homogeneous_pairs
 from bitwright.nn.layer import QLayer
+from bitwright.observe import ranks
 from bitwright.plan.step import Value
 
 SWEEPS, CLOSE = 50, 1e-3
@@ -37,19 +38,20 @@ _PASS_A_CONSTANT = (
 def equalize(model: nn.Module, batches: Sequence[Any], forward: Forward, options: Mapping[str, Value]) -> list[Outcome]:
     """Equalize all pairs of layers of a prepared model, until no factor differs from 1 by more than 1e-3.
 
-    What the model computes in float is compared on the first and the last batch; where it is not what it was, all
-    weights are put back and every pair is reported as skipped.
+    What the model computes in float is compared on the first and the last batch (of each rank); where it is not what it
+    was, all weights are put back and every pair is reported as skipped.
     """
     with computing_in_float(model), evaluating(model):
         joints, found = _joints(model, batches[0], forward)
         before, probes = _saved(joints), (batches[0], batches[-1])
         expected = [_outputs(model, batch, forward) for batch in probes]
         _scale(joints)
-        change = max(_change(a, _outputs(model, batch, forward)) for a, batch in zip(expected, probes, strict=True))
-        if not change < _UNCHANGED:
+        own = [_change(a, _outputs(model, batch, forward)) for a, batch in zip(expected, probes, strict=True)]
+        changes = [change for part in ranks.gathered(own) for change in part]
+        if not all(change < _UNCHANGED for change in changes):
             for tensor, value in before:
                 tensor.copy_(value)
-            reason = f"the model would compute something else: its outputs changed by {change:.1g} of the largest"
+            reason = f"the model would compute something else: its outputs changed by {max(changes):.1g} of the largest"
             return found + [Outcome("cle", joint.path.second, skipped=reason) for joint in joints]
     return found + [Outcome("cle", joint.path.second, note=f"with {joint.path.first}") for joint in joints]
 
@@ -193,7 +195,7 @@ def _joints(model: nn.Module, batch: Any, forward: Forward) -> tuple[list[_Joint
     """The pairs that a method can work on, and the outcome of all other layers."""
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     joints, found = [], []
-    for path in homogeneous_pairs(record(model, batch, forward), model):
+    for path in homogeneous_pairs(ranks.first(record(model, batch, forward)), model):
         first, second = model.get_submodule(path.first), model.get_submodule(path.second)
         if reason := path.reason or _why_not(path.first, first, holders) or _why_not(path.second, second, holders):
             found.append(Outcome("cle", path.second, skipped=reason))

@@ -22,6 +22,7 @@ from bitwright.nn.library import QInOutLinear
 from bitwright.nn.norm import factor_of
 from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import encode, simulate
+from bitwright.observe import ranks
 
 
 class NotApplicableError(BitwrightError):
@@ -30,7 +31,7 @@ class NotApplicableError(BitwrightError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer whose turn it is: path, module, and the calls that reach it."""
+    """A layer whose turn it is: path, module, and the calls that reach it on this rank."""
 
     visit: Visit
     module: QLayer
@@ -81,6 +82,7 @@ class Layer:
         for found, wanted in zip(self.outputs(), self.float_outputs(), strict=True):
             noise += (found - wanted).square().sum().item()
             power += wanted.square().sum().item()
+        noise, power = ranks.sums(noise, power)
         return noise / max(power, 1e-30)
 
 
@@ -99,8 +101,8 @@ def rows_of(module: QLayer, x: Tensor, at: Tensor | None = None) -> Tensor:
     if isinstance(module, (nn.Linear, QInOutLinear)):
         rows = x.reshape(1, -1, x.shape[-1])
         return rows if at is None else rows[:, at]
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        raise NotApplicableError(f"rows of a {type(module).__name__} are not built")
+    check_rows(module)
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     geometry = geometry_of(module)
     (rows_pad, columns_pad), images = geometry.padding, as_images(module, pad(module, x))[0]
     windows = F.pad(images, (columns_pad, columns_pad, rows_pad, rows_pad))
@@ -110,6 +112,12 @@ def rows_of(module: QLayer, x: Tensor, at: Tensor | None = None) -> Tensor:
     places = windows.shape[:3]
     picked = windows if at is None else windows[torch.unravel_index(at, places)]
     return picked.reshape(-1, geometry.groups, windows.shape[4:].numel()).transpose(0, 1)
+
+
+def check_rows(module: QLayer) -> None:
+    """Raise `NotApplicableError` for a layer whose rows `rows_of` does not build."""
+    if not isinstance(module, (nn.Linear, QInOutLinear, nn.Conv1d, nn.Conv2d)):
+        raise NotApplicableError(f"rows of a {type(module).__name__} are not built")
 
 
 @torch.no_grad()

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bitwright.graph.dataflow import evaluating
 from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.observe import ranks
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -156,28 +158,37 @@ def visits(
 
     Modules must not contain each other and each runs once per forward (see `run_counts`). Those that no batch reaches
     are not visited. What the caller changes in a module, the simulated runs compute from then on.
+
+    All ranks of a process group visit the same modules, on some of them maybe without a call: where their runs wait at
+    different ones, that which comes first in ``paths``.
     """
     modules = {path: model.get_submodule(path) for path in paths}
+    order = list(modules)
     hooks = _Hooks(modules)
     with evaluating(model), hooks.attached():
         floating, simulated = ([_Run(model, batch, forward) for batch in batches] for _ in range(2))
         try:
             while True:
-                _advance(model, hooks, floating, floating=True, floats=floats or {})
-                _advance(model, hooks, simulated, floating=False, floats={})
-                path = next((run.at for run in simulated if run.at is not None), None)
-                if path is None:
+                with ranks.together():
+                    _advance(model, hooks, floating, floating=True, floats=floats or {})
+                    _advance(model, hooks, simulated, floating=False, floats={})
+                waiting = [order.index(run.at) for run in simulated if run.at is not None]
+                turn = min(ranks.gathered(waiting[0] if waiting else len(order)))
+                if turn == len(order):
                     return
-                both = [pair for pair in zip(simulated, floating, strict=True) if pair[0].at == path == pair[1].at]
-                yield Visit(path, modules[path], [_call(*pair) for pair in both], len(hooks.visited), len(modules))
+                path = order[turn]
+                yield Visit(path, modules[path], _calls(path, simulated, floating), len(hooks.visited), len(modules))
                 hooks.visited.add(path)
         finally:
             for run in (*floating, *simulated):
                 run.abandon()
 
 
-def _call(simulated: _Run, floating: _Run) -> Call:
-    return Call(*simulated.seen, *floating.seen)
+def _calls(path: str, simulated: Sequence[_Run], floating: Sequence[_Run]) -> list[Call]:
+    """The calls of the batches that wait at a module in both runs and compute something there."""
+    both = [pair for pair in zip(simulated, floating, strict=True) if pair[0].at == path == pair[1].at]
+    calls = [Call(*one.seen, *other.seen) for one, other in both]
+    return [c for c in calls if any(isinstance(x, Tensor) and x.numel() for x in tree_leaves(c.float_output))]
 
 
 def _advance(

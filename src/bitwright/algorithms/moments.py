@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.algorithms.layers import Layer, NotApplicableError, rows_of
+from bitwright.algorithms.layers import Layer, NotApplicableError, check_rows, rows_of
 from bitwright.nn.layer import QLayer
+from bitwright.observe import ranks
 
 ROWS = 2**16  # more rows of one layer are thinned out to about so many
 _APART = 5  # every fifth example is kept apart
@@ -52,11 +53,14 @@ def moments(layer: Layer, *, drift: bool) -> tuple[Moments, Moments]:
     for layers whose rows are not built.
     """
     module, outputs = layer.module, len(layer.weight)
-    total = sum(out.numel() for out in layer.float_outputs()) // outputs
+    check_rows(module)
+    rows = sum(out.numel() for out in layer.float_outputs()) // outputs
+    examples = sum(_examples(module, x) for x in layer.float_inputs())
+    total, all_examples = ranks.sums(rows, examples)
     step = (total // (ROWS + 1)) | 1  # odd: it meets all columns of images whose width is even
     dtype = torch.float64 if total <= _FEW else torch.float32
-    few = sum(_examples(module, x) for x in layer.float_inputs()) < _APART
-    sums, counts, start = [Tensor(), Tensor()], [0, 0], 0
+    few = all_examples < _APART
+    sums, counts, start = [Tensor(), Tensor()], [0, 0], ranks.before(rows if few else examples)
     for x, wanted, out in zip(layer.inputs(), layer.float_inputs(), layer.float_outputs(), strict=True):
         count = out.numel() // outputs
         each = 1 if few else count // _examples(module, x)
@@ -68,6 +72,7 @@ def moments(layer: Layer, *, drift: bool) -> tuple[Moments, Moments]:
                 found = _products(module, (x, wanted - x) if drift else (x,), at, dtype)
                 sums[side] = sums[side] + found if counts[side] else found
                 counts[side] += len(at)
+    sums, counts = [ranks.total(found) for found in sums], ranks.sums(*counts)
     if not counts[1]:
         sums[1], counts[1] = sums[0], counts[0]
     if not all(bool(found.isfinite().all()) for found in sums):

@@ -30,6 +30,7 @@ from bitwright.flow import calibrate as ranges
 from bitwright.flow.prepare import plan_of
 from bitwright.graph.dataflow import call
 from bitwright.nn.layer import QLayer, Simulated
+from bitwright.observe import ranks
 from bitwright.plan.step import Step, Value
 
 FLOAT: dict[str, Callable[[nn.Module, Sequence[Any], Forward, Mapping[str, Value]], list[Outcome]]] = {
@@ -76,6 +77,7 @@ def calibrate(
     A batch is what the model takes (a tensor, a tuple of positional or a dict of keyword arguments); for other data
     pass ``forward``, e.g. ``lambda model, batch: model(batch[0])``. Plans without static activations and without steps
     need no batches. With steps, batches are kept: they are run several times. Runs in eval mode without gradients.
+    Under ``torch.distributed`` each rank passes its own batches of the data; all ranks end with equal models.
 
     Returns the paths of quantized modules that no batch reached (and experts of a mixture that no token reached, which
     use the ranges of the others): with ``unseen="dynamic"`` their activations take their range from each live tensor
@@ -87,9 +89,10 @@ def calibrate(
     steps = plan_of(model).steps
     if not steps:
         return ranges.calibrate(model, batches, forward=forward, unseen=unseen)
-    batches = list(batches)
-    if not batches:
-        raise CalibrationError(f"step {steps[0].name} of the plan needs data; pass calibration batches")
+    with ranks.together():
+        batches = list(batches)
+        if not batches:
+            raise CalibrationError(f"step {steps[0].name} of the plan needs data; pass calibration batches")
     found: list[Outcome] = []
     for step in (step for step in steps if step.method.moment == "float"):
         found += FLOAT[step.name](model, batches, forward, step.settings)
@@ -142,7 +145,7 @@ def _block_steps(
     refused = _refused(model, batches[0], forward)
     layers = [path for path, module in model.named_modules() if isinstance(module, QLayer) and path not in refused]
     found = [Outcome(step.name, path, skipped=reason) for path, reason in refused.items() for step in steps]
-    blocks = find_blocks(model, batches[0], forward, layers)
+    blocks = ranks.first(find_blocks(model, batches[0], forward, layers))
     with closing(visits(model, batches, forward, blocks, floats)) as walk:
         for visit in walk:
             on_layer(visit.path, visit.done, visit.total)
@@ -155,8 +158,10 @@ def _taken(
     steps: Sequence[Step], methods: Mapping[str, Callable[..., str | None]], subject: Layer | Block, visit: Visit
 ) -> list[Outcome]:
     """The outcomes of all steps at one layer or block."""
-    if not visit.calls:  # the float model and the quantized one went different ways
-        reason = "no batch reached it both in float and in simulation"
+    absent = [rank for rank, count in enumerate(ranks.gathered(len(visit.calls))) if not count]
+    if absent:  # the float model and the quantized one went different ways, or one rank's batches and another's
+        batch = f"batch of rank {absent[0]}" if ranks.world_size() > 1 else "batch"
+        reason = f"no {batch} reached it both in float and in simulation"
         return [Outcome(step.name, visit.path, skipped=reason) for step in steps]
     found, before = [], subject.error()
     for step in steps:
@@ -180,7 +185,7 @@ def _parameters(model: nn.Module) -> dict[Any, Tensor]:
 
 
 def _refused(model: nn.Module, batch: Any, forward: Forward) -> dict[str, str]:
-    """Quantized modules that no method of a layer can work on, with the reason."""
+    """Quantized modules that no method of a layer can work on, with the reason; by the batch of rank 0."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Simulated)}
     counts = run_counts(model, batch, forward, layers)
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -194,4 +199,4 @@ def _refused(model: nn.Module, batch: Any, forward: Forward) -> dict[str, str]:
             refused[path] = f"it runs {counts[path]} times in one forward"
         elif any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
             refused[path] = "it shares its weight with another module"
-    return refused
+    return ranks.first(refused)

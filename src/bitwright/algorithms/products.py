@@ -6,6 +6,7 @@ them, by the observers of the plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import choose_qparams, live_qparams, simulate
 from bitwright.numerics.qtensor import snap_scale
 from bitwright.numerics.spec import QuantSpec
+from bitwright.observe import ranks
 from bitwright.observe.fit import weight_qparams
 from bitwright.observe.observer import make_observer
 
@@ -50,8 +52,9 @@ class Seen:
 
 
 def watch(model: nn.Module, batches: Sequence[Any], forward: Forward, paths: Iterable[str]) -> dict[str, Seen]:
-    """What reaches the linear layers at ``paths`` in float; those that no batch reaches are left out."""
+    """What reaches the linear layers at ``paths`` in float on all ranks; those that no batch reaches are left out."""
     seen: dict[str, Seen] = {}
+    each = math.ceil(ROWS / ranks.sums(len(batches))[0])
     generator = torch.Generator().manual_seed(0)
 
     def look(path: str, x: Tensor) -> None:
@@ -62,7 +65,7 @@ def watch(model: nn.Module, batches: Sequence[Any], forward: Forward, paths: Ite
         found.most = torch.maximum(found.most, x.abs().amax(0))
         found.total += x.abs().double().sum(0)
         found.count += len(x)
-        found.rows.append(x[torch.randperm(len(x), generator=generator)[: -(-ROWS // len(batches))]].clone())
+        found.rows.append(x[torch.randperm(len(x), generator=generator)[:each]].clone())
 
     def looking(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: look(path, args[0])
@@ -75,7 +78,21 @@ def watch(model: nn.Module, batches: Sequence[Any], forward: Forward, paths: Ite
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return _of_all_ranks(seen)
+
+
+def _of_all_ranks(seen: dict[str, Seen]) -> dict[str, Seen]:
+    found: dict[str, Seen] = {}
+    for path, own in (pair for part in ranks.gathered(seen) for pair in part.items()):
+        if path not in found:
+            found[path] = own
+            continue
+        both = found[path]
+        both.most = torch.maximum(both.most, own.most)
+        both.total += own.total
+        both.count += own.count
+        both.rows += own.rows
+    return found
 
 
 def quantized_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, QLayer]:

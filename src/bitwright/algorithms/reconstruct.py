@@ -2,6 +2,7 @@
 
 One engine: random rows of the calls that reach the module from the quantized prefix, the squared error of its output as
 the loss (summed over channels, averaged over the rest), Adam, and rows held out that decide whether the result is kept.
+Ranks draw from their own rows and step with the mean of their gradients.
 Three methods on it:
 
 ======== ====================== ============================================= ============================
@@ -32,6 +33,7 @@ from bitwright.algorithms.snapshot import Snapshot, standing_in
 from bitwright.nn.elementwise import QAdd, QCat
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.quantizer import Quantizer
+from bitwright.observe import ranks
 from bitwright.plan.step import Value
 
 PENALTY = 0.01
@@ -58,7 +60,7 @@ class Block:
     def error(self) -> float:
         """Mean squared error of its output, relative to the mean square of the float output."""
         power = sum(first_tensor(call.float_output).square().sum().item() for call in self.visit.calls)
-        return squared_error(self.visit.calls, self.run) / max(power, 1e-30)
+        return squared_error(self.visit.calls, self.run) / max(*ranks.sums(power), 1e-30)
 
     def run(self, call: Call) -> Any:
         """What it computes now, simulated."""
@@ -181,7 +183,7 @@ def _ranges(scales: Iterable[nn.Parameter], search: Search) -> list[dict[str, An
 def _biases(layers: Iterable[QLayer], visit: Visit, search: Search) -> list[dict[str, Any]]:
     """What is added to each channel, by the layer or by the batch norm that it holds."""
     held = [layer.norm[0].bias if layer.norm else layer.bias for layer in layers]
-    spread = first_tensor(visit.calls[0].float_output).std().item()
+    spread = ranks.first(first_tensor(visit.calls[0].float_output).std().item())
     rate = BIAS_TRAVEL * spread / search.iterations
     return [{"params": [bias for bias in held if bias is not None], "lr": rate, "decays": True}]
 
@@ -205,7 +207,9 @@ def _reconstruct(
     visit: Visit, problem: Problem, weights: Mapping[QLayer, SoftWeight | FreeWeight], search: Search
 ) -> None:
     """Search, write what was found, and take it back unless it is better on the rows held out."""
-    module, samples = visit.module, Samples(visit.calls)
+    module = visit.module
+    with ranks.together(NotApplicableError):
+        samples = Samples(visit.calls)
 
     def error() -> float:
         return squared_error(samples.held_out(HELD_BATCH), lambda call: module(*call.args, **call.kwargs))
@@ -258,6 +262,7 @@ def _optimise(module: nn.Module, samples: Samples, problem: Problem, search: Sea
                 loss = loss + PENALTY * sum((part.penalty(beta) for part in problem.soft), torch.zeros(()))
             optimizer.zero_grad()
             loss.backward()
+            ranks.average_gradients(parameter for group in problem.groups for parameter in group["params"])
             optimizer.step()
 
 

@@ -24,6 +24,7 @@ from bitwright.graph.calls import Add
 from bitwright.graph.dataflow import ADDS, Dataflow, Node, record
 from bitwright.graph.foldable import is_layer_norm
 from bitwright.graph.patterns import is_view
+from bitwright.observe import ranks
 from bitwright.plan.step import Value
 
 STEP = "rotate"
@@ -41,7 +42,7 @@ class Stream:
 
 def rotate(model: nn.Module, batches: Sequence[Any], forward: Forward, options: Mapping[str, Value]) -> list[Outcome]:
     """Rotate the residual stream by a Hadamard matrix with random signs (``seed``), or say why that cannot be done."""
-    flow = record(model, batches[0], forward)
+    flow = ranks.first(record(model, batches[0], forward))
     try:
         stream = find_stream(flow, model)
         _check(model, stream)
@@ -149,7 +150,8 @@ def _turn(model: nn.Module, batch: Any, forward: Forward, stream: Stream, seed: 
     with restored(model, paths):
         _multiply(model, stream, matrix)
         after = outputs_of(model, batch, forward)
-    if len(before) != len(after) or not all(close(a, b, _WITHIN) for a, b in zip(after, before, strict=True)):
+    same = len(before) == len(after) and all(close(a, b, _WITHIN) for a, b in zip(after, before, strict=True))
+    if not all(ranks.gathered(same)):
         raise NotApplicableError("the rotated model computes something else: its norms are not what they seem")
     _multiply(model, stream, matrix)
 

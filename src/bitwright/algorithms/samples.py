@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bitwright.algorithms.layers import NotApplicableError
 from bitwright.algorithms.lockstep import Call
+from bitwright.observe import ranks
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 HELD_OUT = 8
@@ -73,9 +74,10 @@ def first_tensor(tree: Any) -> Tensor:
 
 
 def squared_error(calls: Iterable[Call], run: Callable[[Call], Any]) -> float:
-    """Sum of squared differences from the float outputs."""
+    """Sum of squared differences from the float outputs, over the calls of all ranks."""
     with torch.no_grad():
-        return sum((first_tensor(run(call)) - first_tensor(call.float_output)).square().sum().item() for call in calls)
+        own = sum((first_tensor(run(call)) - first_tensor(call.float_output)).square().sum().item() for call in calls)
+    return ranks.sums(own)[0]
 
 
 def _rows(call: Call) -> list[_Row]:

@@ -20,6 +20,7 @@ from bitwright.graph.dataflow import Dataflow, evaluating, record
 from bitwright.graph.foldable import FoldPoint, features, fold_points
 from bitwright.nn.layer import QLayer
 from bitwright.nn.library import QInOutLinear
+from bitwright.observe import ranks
 
 Refused = dict[tuple[str, ...], str]
 
@@ -38,7 +39,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_points(model: nn.Module, batch: Any, forward: Forward) -> tuple[Dataflow, list[FoldPoint], Refused]:
     """The record of one forward, the fold points that hold, and groups of linear layers without one, with reasons."""
-    flow, linears = record(model, batch, forward), linears_of(model)
+    flow, linears = ranks.first(record(model, batch, forward)), linears_of(model)
     points, refused = fold_points(flow, model, linears)
     for point in points:
         if point.source not in linears and not _sole_holder(model, point.source):
@@ -57,7 +58,10 @@ def _sole_holder(model: nn.Module, path: str) -> bool:
 
 
 def _holds(model: nn.Module, batch: Any, forward: Forward, points: Sequence[FoldPoint]) -> bool:
-    """Whether factors of 1/4 to 4 leave the outputs of the model and of the last layers of fold points as they were."""
+    """Whether factors of 1/4 to 4 leave the outputs of the model and of the last layers of fold points as they were.
+
+    They must on every rank.
+    """
     sources = {point.source for point in points}
     watched = [path for point in points for path in point.consumers if path not in sources]
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +71,8 @@ def _holds(model: nn.Module, batch: Any, forward: Forward, points: Sequence[Fold
             factors = torch.randint(-2, 3, (width_of(model, point),), generator=generator)
             fold(model, point, torch.exp2(factors.float()))
         after = outputs_of(model, batch, forward, watched)
-    return len(before) == len(after) and all(close(a, b) for a, b in zip(after, before, strict=True))
+    same = len(before) == len(after) and all(close(a, b) for a, b in zip(after, before, strict=True))
+    return all(ranks.gathered(same))
 
 
 def close(found: Tensor, wanted: Tensor, within: float = 1e-5) -> bool:

@@ -23,6 +23,7 @@ from bitwright.algorithms.layers import Layer, NotApplicableError, add_to_bias, 
 from bitwright.nn.norm import factor_of
 from bitwright.numerics.affine import decode, encode
 from bitwright.numerics.spec import QParams
+from bitwright.observe import ranks
 from bitwright.observe.observer import make_observer
 from bitwright.plan.step import Value
 
@@ -134,17 +135,30 @@ def _within(ratio: Tensor) -> Tensor:
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).clamp(1 / _LARGEST, _LARGEST)
 
 
+_Part = tuple[int, Tensor, Tensor]  # number of rows, their mean, their sum of squares about it
+
+
 def _moments(outputs: Iterable[Tensor], layer: Layer) -> tuple[Tensor, Tensor, int]:
-    """Mean and (biased) variance per output channel over all batches, float64 ``[o]``, and the number of rows."""
-    count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for out in outputs:
-        rows = channels_last(out, layer).double()
-        if not len(rows):
-            continue
-        delta = rows.mean(0) - mean
-        total = count + len(rows)
-        squares = squares + (rows - rows.mean(0)).square().sum(0) + delta.square() * (count * len(rows) / total)
-        mean, count = mean + delta * (len(rows) / total), total
+    """Mean and (biased) variance per output channel over all batches of all ranks, float64 ``[o]``; number of rows."""
+    own = _merged(_part(channels_last(out, layer).double()) for out in outputs)
+    count, mean, squares = _merged(ranks.gathered(own))
     if not count:
         raise NotApplicableError("no batch reached it")
     return mean, squares / count, count
+
+
+def _part(rows: Tensor) -> _Part:
+    mean = rows.mean(0)
+    return len(rows), mean, (rows - mean).square().sum(0)
+
+
+def _merged(parts: Iterable[_Part]) -> _Part:
+    """Chan's rule, part after part."""
+    count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for more, own_mean, own_squares in parts:
+        if not more:
+            continue
+        delta, total = own_mean - mean, count + more
+        squares = squares + own_squares + delta.square() * (count * more / total)
+        mean, count = mean + delta * (more / total), total
+    return count, mean, squares

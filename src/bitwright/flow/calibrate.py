@@ -18,7 +18,7 @@ from bitwright.graph.dataflow import call, evaluating
 from bitwright.nn.layer import Simulated, quantizer_name
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.numerics.spec import QuantSpec
-from bitwright.observe.histogram import all_reduce
+from bitwright.observe import ranks
 from bitwright.plan.site import OPERATORS, PRODUCTS, Site
 from bitwright.plan.target import get_target, spelled
 
@@ -51,12 +51,13 @@ def calibrate(
     _set_stage(quantizers, Stage.OBSERVE)
     try:
         with torch.no_grad(), evaluating(model), _counting(layers) as hits:
-            count = _run(model, batches, forward)
-            if not count and static:
-                raise CalibrationError(
-                    f"calibration got no batches, but {len(static)} activations have static ranges "
-                    f"({static[0].site} first); pass at least one batch"
-                )
+            with ranks.together():
+                count = _run(model, batches, forward)
+                if not count and static:
+                    raise CalibrationError(
+                        f"calibration got no batches, but {len(static)} activations have static ranges "
+                        f"({static[0].site} first); pass at least one batch"
+                    )
             missed = _missed(hits, needed=count > 0)
             if unseen == "raise":
                 _refuse(missed, len(hits))
@@ -71,7 +72,8 @@ def calibrate(
     except BaseException:
         _set_stage(quantizers, Stage.FLOAT)
         raise
-    return missed + [f"{path}: {part}" for path, layer in layers.items() for part in layer.unreached()]
+    unreached = [f"{path}: {part}" for path, layer in layers.items() for part in layer.unreached()]
+    return missed + [part for part in unreached if all(part in found for found in ranks.gathered(unreached))]
 
 
 def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
@@ -121,7 +123,7 @@ def _counting(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
 def _missed(hits: dict[str, int], *, needed: bool) -> list[str]:
     """Layers that ran on no rank; ranks decide alike, or one would wait for the others forever."""
     counts = torch.tensor([*hits.values(), int(needed)])
-    all_reduce(counts, dist.ReduceOp.SUM)
+    ranks.all_reduce(counts, dist.ReduceOp.SUM)
     return [name for name, count in zip(hits, counts.tolist(), strict=False) if not count] if counts[-1] else []
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitwright.numerics.spec import QParams, QuantSpec
-from bitwright.observe.histogram import all_reduce
+from bitwright.observe.ranks import all_reduce
 
 
 class Tracker(nn.Module):

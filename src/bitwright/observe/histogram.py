@@ -15,17 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitwright.errors import CalibrationError
+from bitwright.observe.ranks import all_reduce, world_size
 
 BINS = 4096
 NOTHING_SEEN = "this observer saw no values; give calibration at least one batch"
 _SMALLEST_EXPONENT = -100
 _PART = 2**18
-
-
-def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-    """`torch.distributed.all_reduce` in place where a process group exists, else nothing."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x, op)
 
 
 class Histogram:
@@ -87,7 +82,7 @@ class Histogram:
 
     def reduce(self) -> None:
         """Sum the histograms of all ranks; every rank ends with the same state."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if world_size() == 1:
             return
         exponent = torch.tensor([self.exponent if len(self.counts) else _SMALLEST_EXPONENT])
         all_reduce(exponent, dist.ReduceOp.MAX)

@@ -29,7 +29,8 @@ from bitwright.numerics.affine import choose_qparams
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.observe import entropy
 from bitwright.observe.fit import search_range
-from bitwright.observe.histogram import NOTHING_SEEN, Histogram, all_reduce
+from bitwright.observe.histogram import NOTHING_SEEN, Histogram
+from bitwright.observe.ranks import all_reduce
 
 _KL_BITS = 6
 _SLACK = 0.01  # activations in bfloat16 pass a known end by their rounding
