@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.algorithms.gptq import inverse_factor, solve
+from bitwright.algorithms.gptq import factor, solve
 from bitwright.algorithms.grid import Grid
 from bitwright.algorithms.layers import Layer, NotApplicableError, rows_of
 from bitwright.algorithms.lockstep import Call, Visit
-from bitwright.algorithms.moments import Moments, moments
+from bitwright.algorithms.moments import Moments, errors, moments
 from bitwright.algorithms.pipeline import LAYER, outcomes
 from bitwright.errors import PlanError
 from bitwright.nn.layer import QLayer
@@ -53,7 +53,7 @@ def qparams_of(layer: Layer) -> QParams:
 def rounded(weight: Tensor, spec: str, moment: Tensor, damping: float = 0.01, *, act_order: bool = False) -> Tensor:
     """What the sweep makes of ``weight [o, k]`` for ``E[x x^T]`` ``[k, k]``."""
     grid = Grid.of(quantizer_of(weight, spec), weight, 1)
-    return solve(Moments(moment.double()[None]), weight[None], grid, damping, act_order=act_order)[0]
+    return solve(Moments(moment.double()[None].clone()), weight[None], grid, damping, act_order=act_order)[0]
 
 
 def correlated(count: int) -> Tensor:
@@ -92,7 +92,7 @@ def test_correlated_inputs_trade_the_weights_error_for_the_outputs() -> None:
     weight, moment = torch.randn(32, 64), correlated(64)
     nearest = quantizer_of(weight, "int4/channel").simulate(weight)
     found = rounded(weight, "int4/channel", moment)
-    error = Moments(moment[None]).error(weight[None], torch.stack([found, nearest])).view(2, -1).sum(1)
+    error = [((change := found - weight).double() @ moment * change).sum() for found in (found, nearest)]
     assert error[0] < 0.3 * error[1]
     assert (found - weight).square().sum() > 1.8 * (nearest - weight).square().sum()
 
@@ -110,14 +110,15 @@ def test_two_columns_by_hand() -> None:
     # the first becomes 0, and the second makes up for 0.4 * 0.6 / 1.0 of it: 7.24 stays 7, 6.8 + 0.24 becomes 7
     assert rounded(weight, "int4/channel", moment, 0.0).tolist() == [[0.0, 7.0]]
     grid = Grid.of(quantizer_of(weight, "int4/channel"), weight, 1)
-    found = solve(Moments(moment.double()[None]), torch.tensor([[[0.4, 6.3]]]), grid, 0.0)
+    found = solve(Moments(moment.double()[None].clone()), torch.tensor([[[0.4, 6.3]]]), grid, 0.0)
     assert found.tolist() == [[[0.0, 7.0]]]
 
 
 @pytest.mark.parametrize("count", [130, 300])
 def test_blocks_of_columns_change_nothing(count: int) -> None:
     weight, moment = torch.randn(3, count), correlated(count)
-    upper = inverse_factor(moment[None], 0.01)[0]
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(count)
+    upper = torch.linalg.cholesky(damped.inverse()).mT
     left, grid = weight.double(), Grid.of(quantizer_of(weight, "int4/channel"), weight, 1)
     expected = torch.empty_like(weight)
     for i in range(count):  # Frantar 2023, section 3.3, without blocks
@@ -135,21 +136,25 @@ def test_falling_diagonals_make_the_order_that_of_the_columns() -> None:
     assert torch.equal(*(rounded(weight, "int4/group8", moment, act_order=order) for order in (False, True)))
 
 
-def test_the_inverse_factor_is_that_of_the_inverse() -> None:
-    moment = torch.stack([correlated(12), 7 * correlated(12)])
-    upper = inverse_factor(moment, 0.1)
-    damped = torch.stack([m + 0.1 * m.diagonal().mean() * torch.eye(12) for m in moment])
-    assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper.mT @ upper, damped.inverse())
+@pytest.mark.parametrize("count", [12, 300])
+def test_the_factor_is_that_of_the_damped_moment(count: int) -> None:
+    moment = torch.stack([correlated(count), 7 * correlated(count)])
+    damped = torch.stack([m + 0.1 * m.diagonal().mean() * torch.eye(count) for m in moment])
+    lower = factor(moment, 0.1)
+    assert lower is moment
+    assert torch.equal(lower, lower.tril())
+    torch.testing.assert_close(lower @ lower.mT, damped)
 
 
 def test_damping_grows_until_the_factor_exists() -> None:
-    x = torch.randn(3, 10, dtype=torch.float64)
-    moment = torch.stack([x.T @ x / 3, torch.eye(10).double(), torch.zeros(10, 10).double()])
-    upper = inverse_factor(moment, 0.0)
-    assert upper.isfinite().all()
-    assert torch.equal(upper[1], torch.eye(10))
-    assert torch.equal(upper[2], torch.eye(10))
+    x = torch.randn(3, 300, dtype=torch.float64)
+    moment = torch.stack([x.T @ x / 3, torch.eye(300).double(), torch.zeros(300, 300).double()])
+    lower = factor(moment.clone(), 0.0)
+    share = (lower[0] @ lower[0].mT - moment[0]).diagonal().mean() / moment[0].diagonal().mean()
+    assert 1e-8 <= share <= 1e-5
+    torch.testing.assert_close(lower[0] @ lower[0].mT, moment[0] + share * moment[0].diagonal().mean() * torch.eye(300))
+    assert torch.equal(lower[1], torch.eye(300))
+    assert torch.equal(lower[2], torch.eye(300))
 
 
 def test_columns_that_no_row_uses_are_rounded_to_nearest_and_change_no_other() -> None:
@@ -161,21 +166,46 @@ def test_columns_that_no_row_uses_are_rounded_to_nearest_and_change_no_other() -
     assert torch.equal(found[:, 5], nearest[:, 5])
     damping = 0.01 * 11 / 12  # of the mean without that column, the same amount
     grid = Grid.of(quantizer_of(weight, "int4"), weight[:, alive], 1)
-    alone = solve(Moments(moment[alive][:, alive][None]), weight[:, alive][None], grid, damping)[0]
+    alone = solve(Moments(moment[alive][:, alive][None].clone()), weight[:, alive][None], grid, damping)[0]
     assert torch.equal(found[:, alive], alone)
 
 
-def test_the_error_of_moments_is_the_sum_over_rows() -> None:
-    x, wanted = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
-    weight, found = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
-    inputs = (x.T @ x / 40)[None]
-    change = found - weight
-    whole = 40 * torch.trace(change @ inputs[0] @ change.T)  # N tr(dW (H / 2) dW^T) with H = 2 E[x x^T]
-    torch.testing.assert_close(whole, (x @ change.T).square().sum())
-    torch.testing.assert_close(Moments(inputs).error(weight[None], found[None]).sum() * 40, whole)
-    drifted = Moments(inputs, ((wanted - x).T @ x / 40)[None]).error(weight[None], found[None])
-    constant = ((wanted - x) @ weight.T).square().mean(0)
-    torch.testing.assert_close(drifted + constant, (wanted @ weight.T - x @ found.T).square().mean(0))
+@pytest.mark.parametrize("drift", [False, True])
+def test_errors_are_those_of_the_examples_kept_apart(drift: bool) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    x, wanted = torch.randn(12, 4, 9, 7), torch.randn(12, 4, 9, 7)
+    module = visited(conv, "int4/channel", [x], None).module
+    layer = Layer(Visit("", module, [Call((x,), {}, (wanted,), {}, conv(wanted).detach())], 0, 1), module)
+    found = [conv.weight.detach() + 0.1 * torch.randn(6, 2, 3, 3) for _ in range(2)]
+    for weight, error in zip(found, errors(layer, found, drift=drift), strict=True):
+        target = nn.functional.conv2d(wanted if drift else x, conv.weight, None, 2, 1, 1, 2)
+        noise = (target - nn.functional.conv2d(x, weight, None, 2, 1, 1, 2))[[4, 9]]
+        torch.testing.assert_close(error.float(), noise.square().sum((0, 2, 3)))
+
+
+def test_the_shift_of_the_target_is_the_product_with_the_drift_of_the_inputs() -> None:
+    x, wanted = torch.randn(10, 7), torch.randn(10, 7)
+    module = visited(nn.Linear(7, 3), "int4/channel", [x], None).module
+    layer = Layer(Visit("", module, [Call((x,), {}, (wanted,), {}, torch.zeros(10, 3))], 0, 1), module)
+    fit = torch.arange(10) % 5 != 4
+    found = moments(layer, drift=True)
+    assert found.shift is not None
+    drift = (wanted - x)[fit].T.double() @ x[fit].double() / 8
+    torch.testing.assert_close(found.shift[0], layer.weight.double() @ drift, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.inputs[0], x[fit].T.double() @ x[fit].double() / 8)
+
+
+def test_large_moments_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = mixed(1200, 300)
+    layer = visited(nn.Linear(300, 4), "int4/channel", [x], None)
+    exact = moments(layer, drift=True).inputs
+    monkeypatch.setattr("bitwright.algorithms.moments._LARGE", 0)
+    found = moments(layer, drift=True)
+    assert found.shift is not None
+    assert (exact.dtype, found.inputs.dtype, found.shift.dtype) == (torch.float64, torch.float32, torch.float32)
+    assert torch.equal(exact, exact.mT)
+    assert torch.equal(found.inputs, found.inputs.mT)
+    torch.testing.assert_close(found.inputs.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -186,9 +216,11 @@ def test_every_fifth_example_is_kept_apart(few: bool) -> None:
     rows = torch.cat([nn.functional.unfold(x, 3, 1, 1, 2).mT for x in inputs]).double()
     apart = torch.arange(rows.shape[1] * len(rows) if few else len(rows)) % 5 == 4
     rows = rows.flatten(0, 1) if few else rows
-    for found, chosen in zip(moments(layer, drift=False), (~apart, apart), strict=True):
-        part = rows[chosen].reshape(-1, 27)
-        torch.testing.assert_close(found.inputs[0], part.T @ part / len(part))
+    part = rows[~apart].reshape(-1, 27)
+    torch.testing.assert_close(moments(layer, drift=False).inputs[0], part.T @ part / len(part))
+    [found] = errors(layer, [torch.zeros_like(layer.weight)], drift=False)
+    outputs = rows[apart].reshape(-1, 27) @ layer.weight.double().flatten(1).T
+    torch.testing.assert_close(found, outputs.square().sum(0), rtol=1e-5, atol=0.0)
 
 
 def test_rows_beyond_the_limit_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +228,7 @@ def test_rows_beyond_the_limit_are_thinned_out(monkeypatch: pytest.MonkeyPatch) 
     layer = visited(nn.Linear(6, 4), "int4/channel", [x], None)
     monkeypatch.setattr("bitwright.algorithms.moments.ROWS", 150)
     part = x[torch.arange(400) % 5 != 4][::3]
-    torch.testing.assert_close(moments(layer, drift=False)[0].inputs[0].float(), part.T @ part / len(part))
+    torch.testing.assert_close(moments(layer, drift=False).inputs[0].float(), part.T @ part / len(part))
 
 
 @pytest.mark.parametrize(
@@ -299,11 +331,12 @@ def test_the_codes_of_a_layer_are_those_that_the_sweep_chose(spec: str) -> None:
     linear, x = nn.Linear(32, 12), mixed(600, 32)
     layer = visited(linear, spec, [x], "uint8/asym" if spec in ("int4/channel", "int3") else None)
     weight, qparams = layer.weight.clone(), qparams_of(layer)
-    fit, apart = moments(layer, drift=False)
+    fit = moments(layer, drift=False)
     options = {**DEFAULTS, "match_float": False}
     found = solve(fit, weight[None], Grid.of(layer.quantizer, weight, 1), 0.01, act_order=bool(options["act_order"]))
     nearest = layer.quantizer.simulate(weight)
-    better = apart.error(weight[None], found) < apart.error(weight[None], nearest[None])
+    wrong = errors(layer, [found[0], nearest], drift=False)
+    better = wrong[0] < wrong[1]
     assert better.any()
     before = layer.error()
     LAYER["gptq"](layer, options)
@@ -389,12 +422,13 @@ def test_inputs_that_are_not_finite_are_reported() -> None:
 def test_little_data_does_no_harm(rows: int, constant: bool) -> None:
     x = torch.ones(rows, 40) if constant else mixed(rows, 40)
     layer = visited(nn.Linear(40, 16), "int3/channel", [x], None)
-    apart = moments(layer, drift=False)[1]
     weight, nearest = layer.weight.clone(), layer.quantizer.simulate(layer.weight)
     LAYER["gptq"](layer, {**DEFAULTS, "match_float": False})
-    written = apart.error(weight[None], layer.weight[None])
-    assert (written <= apart.error(weight[None], nearest[None])).all()
-    assert written.sum() < 0.9 * apart.error(weight[None], nearest[None]).sum()
+    written = layer.weight.clone()
+    layer.module.weight.data = weight  # errors are judged against the float weight
+    wrong = errors(layer, [written, nearest], drift=False)
+    assert (wrong[0] <= wrong[1]).all()
+    assert wrong[0].sum() < 0.9 * wrong[1].sum()
 
 
 def test_inputs_that_tell_nothing_change_nothing() -> None:

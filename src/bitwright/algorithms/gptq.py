@@ -1,8 +1,8 @@
 """GPTQ (Frantar 2023): the codes of a layer column by column, each column's error made up for by those still to come.
 
 With rows x of the layer's input, rounding ``W`` to ``Q`` costs ``E |W x - Q x|^2 = tr((Q - W) H (Q - W)^T)``, where
-``H = E[x x^T]``. Column i is rounded to nearest; its error times ``U_ij / U_ii`` is taken from every later column j,
-with ``H^-1 = U^T U`` and U upper triangular: what is best for the columns that are still free (section 3).
+``H = E[x x^T]``. A column is rounded to nearest behind what the errors of the columns before it ask of it, were the
+columns behind it free: that is best for those (section 3). `sweep` does it with a factor of H itself.
 
 With ``match_float`` the layer should reproduce what the float model computes from its own inputs instead:
 ``E |W x_float - Q x|^2``. The weight first moves to ``W + W E[(x_float - x) x^T] (H + damping)^-1``, the float weight
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitwright.algorithms.grid import Grid
 from bitwright.algorithms.layers import Layer, NotApplicableError, nearest, write_weight
-from bitwright.algorithms.moments import Moments, moments
+from bitwright.algorithms.moments import BLOCK, Moments, errors, moments, symmetric
 from bitwright.errors import PlanError
 from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.spec import QuantSpec
@@ -47,19 +47,22 @@ def gptq(layer: Layer, options: Mapping[str, Value]) -> str:
     quantizer, weight = layer.quantizer, layer.weight
     if rescale:
         _check_rescale(quantizer.spec, act_order=act_order)
-    fit, apart = moments(layer, drift=bool(options["match_float"]))
+    drift = bool(options["match_float"])
+    fit = moments(layer, drift=drift)
     rows = weight.reshape(len(fit.inputs), -1, fit.inputs.shape[-1])
     grid = Grid.of(quantizer, weight, len(rows))
-    found = solve(fit, rows, grid, damping, act_order=act_order, observer=quantizer.observer_name if rescale else "")
+    observer = quantizer.observer_name if rescale else ""
+    found = solve(fit, rows, grid, damping, act_order=act_order, observer=observer).reshape(weight.shape)
     rounded = nearest(weight, quantizer)
-    better = apart.error(rows, found) < apart.error(rows, rounded.reshape(rows.shape))
+    wrong = errors(layer, (found, rounded), drift=drift)
+    better = wrong[0] < wrong[1]
     better &= rows.any(-1).flatten()  # behind a channel of zeros may stand a norm that multiplies by 0
     if not better.any():
         raise NotApplicableError("rounding to nearest is as good on the examples kept apart")
     if rescale:
         _store(grid, quantizer, better)
     chosen = better.view(-1, *[1] * (weight.dim() - 1))
-    write_weight(layer.module, torch.where(chosen, found.reshape(weight.shape), rounded), quantizer)
+    write_weight(layer.module, torch.where(chosen, found, rounded), quantizer)
     kept = int((~better).sum())
     return f"{kept} of {len(better)} channels stay rounded to nearest" if kept else ""
 
@@ -75,10 +78,12 @@ def _store(grid: Grid, quantizer: Quantizer, chosen: Tensor) -> None:
     """Let the quantizer take the scales of the chosen channels from the grid."""
     qparams = quantizer.qparams
     assert qparams is not None
-    scale, zero_point, at = grid.grouped(grid.scale), qparams.zero_point, chosen.view(-1, 1)
+    shape, zero_point = qparams.scale.shape, qparams.zero_point
+    at = chosen.view(-1, *[1] * (len(shape) - 1))
     if zero_point is not None and grid.zero_point is not None:
-        zero_point = torch.where(at, grid.grouped(grid.zero_point), zero_point)
-    quantizer.set_qparams(replace(qparams, scale=torch.where(at, scale, qparams.scale), zero_point=zero_point))
+        zero_point = torch.where(at, grid.zero_point.mT.reshape(shape), zero_point)
+    scale = torch.where(at, grid.scale.mT.reshape(shape), qparams.scale)
+    quantizer.set_qparams(replace(qparams, scale=scale, zero_point=zero_point))
 
 
 def solve(
@@ -86,65 +91,105 @@ def solve(
 ) -> Tensor:
     """Values on the grid for ``weight [groups, o, k]``, swept in the order of the columns or by falling ``H_ii``.
 
-    With ``observer`` the grid's groups take their scales anew, in place.
+    Works in the memory of ``fit``, which is used up. With ``observer`` the grid's groups take their scales anew, in
+    place.
     """
-    hessian, columns = fit.inputs, weight.double()
-    change = None if fit.drift is None else columns @ fit.drift
-    order = torch.arange(weight.shape[-1]).expand(len(weight), -1)
+    hessian, count = fit.inputs, weight.shape[-1]
+    order = torch.arange(count).expand(len(weight), -1)
     if act_order:
         order = hessian.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)
-        hessian = hessian.gather(1, order.unsqueeze(-1).expand_as(hessian))
-        hessian = hessian.gather(2, order.unsqueeze(1).expand_as(hessian))
-        grid = grid.in_order(order)
-    at = order.unsqueeze(1).expand_as(weight)
-    factor = inverse_factor(hessian, damping)
-    columns = columns.gather(2, at)
-    if change is not None:
-        columns = columns + change.gather(2, at) @ factor.mT @ factor
-    steps = factor / factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    found = sweep(columns.mT.float(), steps.float(), grid, observer).mT
-    return torch.empty_like(found).scatter_(2, at, found)
+    order = order.flip(1)  # see `sweep`
+    lower = factor(_permuted(hessian, order), damping)
+    at = order.unsqueeze(-1).expand(-1, -1, weight.shape[1])
+    columns, shift = weight.mT.gather(1, at), torch.zeros_like(weight.mT, memory_format=torch.contiguous_format)
+    if fit.shift is not None:
+        shift = _substituted(lower, fit.shift.mT.gather(1, at))
+        shift = (shift / lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)).float()
+    found = sweep(columns, shift, lower, grid.in_order(order), observer)
+    return torch.empty_like(columns).scatter_(1, at, found).mT
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with ``U^T U = (H + damping mean(diag H))^-1``, for ``H [groups, k, k]``, float64.
+def factor(hessian: Tensor, damping: float) -> Tensor:
+    """L, lower triangular, with ``L L^T = H + damping mean(diag H)``, in place of ``H [groups, k, k]``.
 
     Columns that no row uses get a diagonal of 1 if damping leaves 0: they stay as they would be rounded alone. While
     the matrix of a group is not positive definite, its damping is multiplied by 10.
 
-    >>> inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 16.0]]], dtype=torch.float64), 0.0)[0].tolist()
-    [[0.5, 0.0], [0.0, 0.25]]
+    >>> factor(torch.tensor([[[4.0, 0.0], [0.0, 16.0]]]), 0.0)[0].tolist()
+    [[2.0, 0.0], [0.0, 4.0]]
     """
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    own, mean = diagonal.clone(), diagonal.mean(1)
     share = torch.full_like(mean, damping)
     while True:
-        damped = hessian.clone()
-        diagonal = damped.diagonal(dim1=1, dim2=2)
-        diagonal += (share * mean).unsqueeze(-1)
+        diagonal.copy_(own + (share * mean).unsqueeze(-1))
         diagonal[diagonal == 0] = 1.0
-        # the factor of the matrix read backwards: J H J = L L^T gives H^-1 = U^T U with U = J L^-1 J
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        failed = _cholesky(hessian)
         if not failed.any():
             break
-        share = torch.where(failed > 0, (share * 10).clamp(min=_LEAST), share)
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype).expand_as(hessian)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
+        share = torch.where(failed, (share * 10).clamp(min=_LEAST), share)
+        symmetric(hessian.mT)  # the upper triangle is still that of H
+    return hessian.tril_()
 
 
-def sweep(columns: Tensor, steps: Tensor, grid: Grid, observer: str = "") -> Tensor:
-    """Round ``columns [groups, k, o]`` one by one; ``steps = U_ij / U_ii``; blocks of `COLUMNS` (Frantar 2023, 3.3)."""
-    columns, found = columns.clone(), torch.empty_like(columns)
-    count, width = columns.shape[1], COLUMNS
-    if observer:
-        width = grid.size * max(1, COLUMNS // grid.size)  # a group must not reach into columns that are behind
-    for start in range(0, count, width):
-        stop = min(start + width, count)
-        errors = torch.empty_like(columns[:, start:stop])
-        for i in range(start, stop):
-            if observer and i % grid.size == 0:
-                grid.refit(columns[:, i : i + grid.size], i, observer)
-            found[:, i] = grid.nearest(columns[:, i], i)
-            errors[:, i - start] = error = columns[:, i] - found[:, i]
-            columns[:, i + 1 : stop].baddbmm_(steps[:, i, i + 1 : stop, None], error.unsqueeze(1), alpha=-1)
-        columns[:, stop:].baddbmm_(steps[:, start:stop, stop:].mT, errors, alpha=-1)
-    return found
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Factor ``[groups, k, k]`` in its lower triangle; which groups are not positive definite, at the first block."""
+    failed = torch.zeros(len(matrix), dtype=torch.bool)
+    for start in range(0, matrix.shape[-1], BLOCK):
+        stop = start + BLOCK
+        panel, before = matrix[:, start:, start:stop], matrix[:, start:, :start]
+        top, rest = panel[:, : panel.shape[2]], panel[:, panel.shape[2] :]
+        above = top.triu(1)
+        if start:
+            panel -= before @ before[:, : panel.shape[2]].mT
+        lower, info = torch.linalg.cholesky_ex(top)
+        top.copy_(lower + above)
+        failed = info > 0
+        if failed.any():
+            break
+        rest.copy_(torch.linalg.solve_triangular(lower.mT, rest, upper=True, left=False))
+    return failed
+
+
+def _substituted(lower: Tensor, right: Tensor) -> Tensor:
+    """``L^-1 B`` for ``B [groups, k, o]``, in place."""
+    for start in range(0, lower.shape[-1], BLOCK):
+        rows = slice(start, start + BLOCK)
+        if start:
+            right[:, rows] -= lower[:, rows, :start] @ right[:, :start]
+        right[:, rows] = torch.linalg.solve_triangular(lower[:, rows, rows], right[:, rows], upper=False)
+    return right
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of a symmetric ``[groups, k, k]`` in another order, in place."""
+    for view in (matrix, matrix.mT):
+        for start in range(0, matrix.shape[-1], BLOCK):
+            rows = view[:, start : start + BLOCK]
+            rows.copy_(rows.gather(2, order.unsqueeze(1).expand(rows.shape)))
+    return matrix
+
+
+def sweep(columns: Tensor, shift: Tensor, lower: Tensor, grid: Grid, observer: str = "") -> Tensor:
+    """Round ``columns [groups, k, o]`` one by one, the last first: ``w_i + shift_i + sum_j (w_j - q_j) L_ji / L_ii``.
+
+    The sum is over the columns j > i that are rounded already. With ``H = L L^T`` that is what GPTQ rounds (as LDLQ:
+    Chee 2023, theorem 6), without the inverse of H. Returns values in the memory of ``shift`` and leaves the errors
+    ``w_j - q_j`` in that of ``columns``.
+    """
+    count, width = columns.shape[1], grid.size if observer else COLUMNS
+    diagonal = lower.diagonal(dim1=1, dim2=2)
+    for stop in range(count, 0, -width):
+        start = max(stop - width, 0)
+        steps = (lower[:, start:, start:stop] / diagonal[:, None, start:stop]).float()
+        inside, behind = steps[:, : stop - start], steps[:, stop - start :]
+        moved = shift[:, start:stop].baddbmm(behind.mT, columns[:, stop:])
+        if observer:
+            free = torch.linalg.solve_triangular(inside.mT, moved, upper=True, unitriangular=True)
+            grid.refit(columns[:, start:stop] + free, start, observer)
+        for i in range(stop - 1, start - 1, -1):
+            at = i - start
+            change = moved[:, at : at + 1].baddbmm(inside[:, at + 1 :, at].unsqueeze(1), columns[:, i + 1 : stop])
+            shift[:, i] = found = grid.nearest(columns[:, i] + change[:, 0], i)
+            columns[:, i] -= found
+    return shift

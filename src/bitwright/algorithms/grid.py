@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bitwright.nn.quantizer import Quantizer
@@ -14,7 +15,7 @@ from bitwright.observe.fit import weight_qparams
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scale and zero point of every weight, ``[groups, k, o]``, where a column is an entry of axis 1.
+    """Scales and zero points of a weight, ``[groups, n, o]``, and which of the n a column has: ``places [groups, k]``.
 
     ``spec`` is that of one column: each row has its own scale. ``size`` columns share a scale (0: all of a row do).
     """
@@ -24,45 +25,43 @@ class Grid:
     zero_point: Tensor | None
     codebook: Tensor | None
     size: int
+    places: Tensor
 
     @classmethod
     def of(cls, quantizer: Quantizer, weight: Tensor, groups: int) -> Grid:
         """The grid that a calibrated quantizer rounds ``weight [o, ...]`` to."""
         spec, qparams = quantizer.spec, quantizer.qparams
         assert qparams is not None
-        size = spec.granularity.size
+        size, k = spec.granularity.size, weight[0].numel()
 
         def spread(values: Tensor) -> Tensor:
-            values = values.repeat_interleave(size, -1) if size else values.expand(weight.shape)
+            values = values if size else values.expand(len(weight), *values.shape[1:])
             return values.reshape(groups, len(weight) // groups, -1).mT.contiguous()
 
         zero_point = None if qparams.zero_point is None else spread(qparams.zero_point)
         column = QuantSpec(spec.format, Granularity("channel"), spec.symmetric)
-        return cls(column, spread(qparams.scale), zero_point, qparams.codebook, size)
+        places = torch.arange(k) // (size or k)
+        return cls(column, spread(qparams.scale), zero_point, qparams.codebook, size, places.expand(groups, k))
 
     def in_order(self, order: Tensor) -> Grid:
         """The grid of the columns ``order [groups, k]``."""
-
-        def picked(values: Tensor) -> Tensor:
-            return values.gather(1, order.unsqueeze(-1).expand(values.shape))
-
-        zero_point = None if self.zero_point is None else picked(self.zero_point)
-        return Grid(self.spec, picked(self.scale), zero_point, self.codebook, self.size)
+        return replace(self, places=self.places.gather(1, order))
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """``values [groups, o]`` on the grid of a column."""
-        zero_point = None if self.zero_point is None else self.zero_point[:, column].reshape(-1, 1)
-        qparams = QParams(self.scale[:, column].reshape(-1, 1), zero_point, self.codebook)
+
+        def picked(table: Tensor) -> Tensor:
+            if table.shape[1] == 1:
+                return table.reshape(-1, 1)
+            return table[torch.arange(len(table)), self.places[:, column]].reshape(-1, 1)
+
+        zero_point = None if self.zero_point is None else picked(self.zero_point)
+        qparams = QParams(picked(self.scale), zero_point, self.codebook)
         return simulate(values.reshape(-1, 1), self.spec, qparams).view(values.shape)
 
     def refit(self, values: Tensor, column: int, observer: str) -> None:
-        """Take the scales of the columns from ``column`` on from their ``values [groups, n, o]``, in place."""
-        found = weight_qparams(values.mT.flatten(0, 1), self.spec, observer)
-        part = slice(column, column + values.shape[1])
-        self.scale[:, part] = found.scale.view(len(values), 1, -1)
+        """Take the scale that a column shares with others from their ``values [groups, n, o]``, in place."""
+        found, place = weight_qparams(values.mT.flatten(0, 1), self.spec, observer), int(self.places[0, column])
+        self.scale[:, place] = found.scale.view(len(values), -1)
         if self.zero_point is not None and found.zero_point is not None:
-            self.zero_point[:, part] = found.zero_point.view(len(values), 1, -1)
-
-    def grouped(self, values: Tensor) -> Tensor:
-        """One value per group of columns, ``[o, k / size]``, of a scale or zero point of this grid."""
-        return values[0, :: self.size].t()
+            self.zero_point[:, place] = found.zero_point.view(len(values), -1)
