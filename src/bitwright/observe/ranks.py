@@ -61,7 +61,7 @@ def sums(*numbers: Number) -> list[Number]:
     >>> sums(3, 0.5)
     [3, 0.5]
     """
-    return [sum(rest, start) for start, *rest in zip(*gathered(numbers), strict=True)]
+    return [sum(column) for column in zip(*gathered(numbers), strict=True)]  # type: ignore[return-value]
 
 
 def before(count: int) -> int:
@@ -78,6 +78,8 @@ def total(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     shape, dtype = max(gathered((tuple(x.shape), x.dtype)), key=lambda kind: math.prod(kind[0]))
+    if not math.prod(shape):
+        return x
     x = x.contiguous() if x.numel() else torch.zeros(shape, dtype=dtype, device=x.device)
     all_reduce(x, dist.ReduceOp.SUM)
     return x
