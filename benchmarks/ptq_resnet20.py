@@ -2,7 +2,7 @@
 
 Two sets of float weights: ``finetuned`` on the JPEG training images and calibrated on 512 of them, and ``published``,
 trained and calibrated on lossless images, for which the test images are a shifted distribution. The first convolution
-and the classifier have 8 bits, residual adds are quantized (8 bits, or 4 and 3 at W4A4 and W3A3), seed 0. Recipes were
+and the classifier have 8 bits, residual adds too ("sums too": in as few bits as activations), seed 0. Recipes were
 chosen on 2,000 other training images (``--validation``); the 10,000 test images are read for the table alone. Drops are
 paired with the float model. Writes results/ptq_resnet20.json after every row and continues from it.
 
@@ -27,14 +27,17 @@ from results import FOLDER, write
 
 CALIBRATION, VALIDATION = 512, 2000
 SETTINGS = {
-    "W8A8": ("int8/channel", "uint8/asym"),
-    "W6A6": ("int6/channel", "uint6/asym"),
-    "W4A8": ("int4/channel", "uint8/asym"),
-    "W3A8": ("int3/channel", "uint8/asym"),
-    "W4A4": ("int4/channel", "uint4/asym"),
-    "W3A3": ("int3/channel", "uint3/asym"),
-    "W2A8": ("int2/channel", "uint8/asym"),
+    "W8A8": ("int8/channel", "uint8/asym", "uint8/asym"),
+    "W6A6": ("int6/channel", "uint6/asym", "uint8/asym"),
+    "W4A8": ("int4/channel", "uint8/asym", "uint8/asym"),
+    "W3A8": ("int3/channel", "uint8/asym", "uint8/asym"),
+    "W4A4": ("int4/channel", "uint4/asym", "uint8/asym"),
+    "W4A4, sums too": ("int4/channel", "uint4/asym", "uint4/asym"),
+    "W3A3": ("int3/channel", "uint3/asym", "uint8/asym"),
+    "W3A3, sums too": ("int3/channel", "uint3/asym", "uint3/asym"),
+    "W2A8": ("int2/channel", "uint8/asym", "uint8/asym"),
 }
+"""Formats of weights, of the inputs of convolutions, and of the operands of residual adds."""
 WEIGHTS = {"finetuned": "resnet20_jpeg_finetuned.pt", "published": "resnet20-12fca82f.th"}
 RECIPES: dict[str, tuple[str, ...]] = {
     "nearest": (),
@@ -47,12 +50,12 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 
 def plan_of(model: nn.Module, setting: str, recipe: str, example: Tensor) -> bw.Plan:
-    """First convolution and classifier at 8 bits; sums take the bits of the activations."""
-    weight, input = SETTINGS[setting]
+    """First convolution and classifier at 8 bits."""
+    weight, input, sums = SETTINGS[setting]
     sites = {
         "*.conv*.weight": weight,
         "*.conv*.input": input,
-        "*.add_0.*": input,
+        "*.add_0.*": sums,
         "linear.weight": "int8/channel",
         "linear.input": "uint8/asym",
     }
