@@ -60,13 +60,13 @@ class Branches(nn.Module):
 def images(rank: int) -> list[Tensor]:
     """Other numbers and sizes of batches, and other values, on each rank."""
     random = torch.Generator().manual_seed(rank)
-    return [torch.randn(size, 3, 8, 8, generator=random) * (1 + 2 * rank) for size in ((10, 5), (4, 10, 6))[rank]]
+    return [torch.randn(size, 3, 8, 8, generator=random) * (1 + 2 * rank) for size in ((10, 6), (4, 10, 5))[rank]]
 
 
 def ids(rank: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(rank)
     return [
-        torch.randint(25 * rank, 25 * rank + 25, (size, 9), generator=random) for size in ((5, 10), (7, 5, 5))[rank]
+        torch.randint(25 * rank, 25 * rank + 25, (size, 9), generator=random) for size in ((5, 11), (7, 5, 4))[rank]
     ]
 
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from bitwright.errors import CalibrationError
+from bitwright.errors import CalibrationError, SpecError
 from bitwright.numerics.spec import QuantSpec
 from bitwright.observe.histogram import Histogram
 from bitwright.observe.observer import make_observer
+from bitwright.observe.ranks import average_gradients, before, first, gathered, sums, together, total
 
 SPECS = ["uint8/asym", "int8", "uint4/asym", "ternary"]
 NAMES = ["minmax", "percentile:99.9", "mse", "kl", "ema:0.5"]
@@ -38,10 +39,44 @@ def scenes() -> dict[str, list[list[Tensor]]]:
     }
 
 
+ERRORS: dict[str, tuple[Exception | None, Exception | None]] = {
+    "none": (None, None),
+    "the kind, on one": (None, SpecError("no")),
+    "the kind, on both": (SpecError("first"), SpecError("second")),
+    "another, on one": (RuntimeError("broken"), None),
+    "another and the kind": (SpecError("no"), RuntimeError("broken")),
+}
+
+
+def _agree(rank: int) -> dict[tuple[str, ...], object]:
+    found: dict[tuple[str, ...], object] = {
+        ("gathered",): gathered(f"from {rank}"),
+        ("first",): first(rank + 5),
+        ("sums",): sums(rank + 1, 0.5),
+        ("before",): before(rank + 3),
+        ("total",): total(torch.arange(6.0).view(2, 3).mT * (rank + 1)),
+        ("total of one",): total(torch.ones(2, dtype=torch.float64) if rank else torch.zeros(0)),
+        ("total of none",): total(torch.zeros(0)),
+    }
+    weights = [torch.ones(2, requires_grad=True), torch.ones(1, 3, requires_grad=True)]
+    (weights[rank].square().sum() * (1 + rank)).backward()
+    average_gradients(weights)
+    found["gradients",] = [weight.grad for weight in weights]
+    for scene, failures in ERRORS.items():
+        failure, found["together", scene] = failures[rank], "passed"
+        try:
+            with together(SpecError):
+                if failure is not None:
+                    raise failure
+        except Exception as error:
+            found["together", scene] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def _observe(rank: int, folder: str) -> None:
     wait = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=wait)
-    found: dict[tuple[str, ...], object] = {}
+    found = _agree(rank)
     for scene, ranks in scenes().items():
         for name in NAMES:
             observer = make_observer(name)
@@ -126,3 +161,30 @@ def test_averages_end_with_the_mean_over_the_ranks_that_saw_data(ranks, scene):
 def test_a_run_in_which_no_rank_saw_data_ends_in_an_error_on_every_rank(ranks, name):
     for found in ranks:
         assert "saw no values" in found["nothing anywhere", name, "uint8/asym"]
+
+
+def test_what_ranks_know_together(ranks):
+    for rank, found in enumerate(ranks):
+        assert found["gathered",] == ["from 0", "from 1"]
+        assert found["first",] == 5
+        assert found["sums",] == [3, 1.0]
+        assert found["before",] == 3 * rank
+        assert torch.equal(found["total",], 3 * torch.arange(6.0).view(2, 3).mT)
+        assert torch.equal(found["total of one",], torch.ones(2, dtype=torch.float64))
+        assert torch.equal(found["total of none",], torch.zeros(0))
+        assert torch.equal(found["gradients",][0], torch.ones(2))
+        assert torch.equal(found["gradients",][1], torch.full((1, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("scene", "texts"),
+    [
+        ("none", ["passed", "passed"]),
+        ("the kind, on one", ["SpecError: rank 1: no"] * 2),
+        ("the kind, on both", ["SpecError: rank 0: first"] * 2),
+        ("another, on one", ["RuntimeError: broken", "CalibrationError: rank 0: broken"]),
+        ("another and the kind", ["CalibrationError: rank 1: broken", "RuntimeError: broken"]),
+    ],
+)
+def test_an_error_on_one_rank_is_one_on_all(ranks, scene, texts):
+    assert [found["together", scene] for found in ranks] == texts
