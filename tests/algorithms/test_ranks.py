@@ -112,6 +112,7 @@ SCENES: dict[str, tuple[list[Any], tuple[list[Tensor], list[Tensor]]]] = {
     "nothing anywhere": (["gptq"], ([], [])),
     "not a number on one rank": (["gptq"], (rows([4]), [WRONG])),
     "does not fit on one rank": (["gptq"], ([torch.zeros(2, 5)], rows([4]))),
+    "other pairs": (["cle"], (rows([2]), rows([4]))),
     "one row on one rank": ([{"name": "adaround", **SHORT}], (rows([1]), rows([4]))),
 }
 
@@ -198,6 +199,14 @@ def test_a_layer_that_one_rank_does_not_reach_is_left_alone_on_all(ranks, scene,
 def test_what_one_rank_lacks_is_an_error_on_all(ranks, scene, text):
     for found in ranks:
         assert text in found[scene]["error"]
+
+
+def test_pairs_are_those_of_the_first_rank_and_must_hold_on_all(ranks):
+    one, other = (found["other pairs"] for found in ranks)
+    assert equal(one["state"], other["state"])
+    assert one["outcomes"] == other["outcomes"]
+    assert [path for _, path, *_ in one["outcomes"]] == ["last"]  # on the other rank a layer lies between
+    assert "the model would compute something else" in one["outcomes"][0][2]
 
 
 def test_a_rank_with_too_few_rows_makes_a_reconstruction_give_up_on_all(ranks):
