@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +40,11 @@ SETTINGS = {
 }
 """Formats of weights, of the inputs of convolutions, and of the operands of residual adds."""
 WEIGHTS = {"finetuned": "resnet20_jpeg_finetuned.pt", "published": "resnet20-12fca82f.th"}
-RECIPES: dict[str, tuple[str, ...]] = {
+RECIPES: dict[str, tuple[Any, ...]] = {
     "nearest": (),
     "bias": ("bias_correction",),
-    "repair": ("affine_repair",),
-    "gptq": ("gptq", "affine_repair"),
     "gptq, bias": ("gptq", "bias_correction"),
+    "gptq, ranges, repair": ("gptq", {"name": "ranges", "by_output": True}, "affine_repair"),
     "blocks": ("brecq",),
 }
 

@@ -27,16 +27,22 @@ from results import FOLDER, write
 Steps = tuple[Any, ...]
 SEARCHED = {"name": "smoothquant", "search": True}
 WEIGHTS: dict[str, Steps] = {"nearest": (), "awq": ("awq",), "gptq": ("gptq",), "awq, gptq": ("awq", "gptq")}
-BOTH: dict[str, Steps] = {"nearest": (), "smoothquant": ("smoothquant",), "smoothquant, searched": (SEARCHED,)} | {
-    name: WEIGHTS[name] for name in ("awq", "gptq")
+BOTH: dict[str, Steps] = {
+    "nearest": (),
+    "smoothquant": ("smoothquant",),
+    "smoothquant, searched": (SEARCHED,),
+    "gptq": ("gptq",),
+    "gptq, bias": ("gptq", "bias_correction"),
 }
 ROTATED: dict[str, Steps] = BOTH | {"rotate": ("rotate",), "rotate, gptq": ("rotate", "gptq")}
 
 
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Steps]]] = {
-    "W4 g32": ("w4a16", "int4", WEIGHTS),
-    "W3 g32": ("w4a16", "int3", WEIGHTS),
-    "W2 g32": ("w4a16", "int2", WEIGHTS),
+    "W4 g32": ("w4a16", "int4/group", WEIGHTS),
+    "W4 g32 asymmetric": ("w4a16", "uint4/asym/group", WEIGHTS),
+    "W3 g32": ("w4a16", "int3/group", WEIGHTS),
+    "W2 g32": ("w4a16", "int2/group", WEIGHTS),
+    "W8A8 dynamic": ("w8a8-dynamic", "", BOTH),
     "W8A8": ("w8a8", "", BOTH),
     "W4A8": ("w4a8", "", BOTH),
     "W4A4": ("w4a4", "", ROTATED),
@@ -57,9 +63,9 @@ def run(
     for label, (preset, fmt, recipes) in ((c, CONFIGURATIONS[c]) for c in chosen):
         sites = {"*embed*.weight": "float"}
         if fmt:
-            sites["*layer*.weight"] = f"{fmt}/group32"
+            sites["*layer*.weight"] = f"{fmt}32"
         if fmt and name == "stories260k":
-            sites["*down_proj.weight"] = f"{fmt}/group43"  # it has 172 inputs
+            sites["*down_proj.weight"] = f"{fmt}43"  # it has 172 inputs
         for recipe, steps in recipes.items():
             if only and recipe not in only:
                 continue

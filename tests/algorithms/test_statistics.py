@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,37 @@ def test_ranges_follow_the_inputs_that_the_quantized_prefix_makes() -> None:
         == "its input takes its range from each live tensor"
     )
     assert outcomes(calibrated(net(), ("ranges",), FLOAT_INPUTS))[0].skipped == "its input stays float"
+
+
+BY_OUTPUT = {"name": "ranges", "by_output": True}
+
+
+def test_ranges_by_output_end_where_neither_a_narrower_nor_a_wider_one_is_better() -> None:
+    coarse = {"*.weight": "int4/channel", "*.input": "uint3/asym"}
+    model, wanted = calibrated(net(), (BY_OUTPUT,), coarse), net()(images())
+    assert not any(outcome.skipped for outcome in outcomes(model))
+    assert all(outcome.after <= outcome.before for outcome in outcomes(model))
+    assert any(outcome.after < outcome.before for outcome in outcomes(model))
+    quantizer = layers_of(model)["10"].input_quantizer
+    found, errors = quantizer.qparams, []
+    for factor in (0.95, 1.0, 1 / 0.95):
+        quantizer.set_qparams(replace(found, scale=found.scale * factor))
+        with torch.no_grad():
+            errors.append((model(images()) - wanted).square().sum().item())
+    assert errors[1] <= min(errors)
+
+
+def test_ranges_by_output_leave_shared_ranges_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 4), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) * self.two(x)
+
+    found = outcomes(calibrated(Twice(), (BY_OUTPUT,), CODES))
+    assert [outcome.skipped for outcome in found] == ["2 readers share the range of its input"] * 2
 
 
 STEPS = ("ranges", "bn_reestimation", "affine_repair", "analytic_bias_correction", "bias_correction")

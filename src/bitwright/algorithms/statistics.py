@@ -14,6 +14,7 @@ affine_repair   ``(y - mu_q) sigma / sigma_q + mu``                 the float mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ from torch import Tensor
 from bitwright.algorithms.bias import channels_last, rounding_of_bias
 from bitwright.algorithms.layers import Layer, NotApplicableError, add_to_bias, write_weight
 from bitwright.nn.norm import factor_of
+from bitwright.nn.quantizer import Quantizer
 from bitwright.numerics.affine import decode, encode
 from bitwright.numerics.spec import QParams
 from bitwright.observe import ranks
 from bitwright.observe.observer import make_observer
 from bitwright.plan.step import Value
 
+_NARROWER = 0.95
 _LARGEST = 2.0  # a channel that would need a larger factor is broken in another way
 
 
@@ -93,17 +96,41 @@ def affine_repair(layer: Layer, options: Mapping[str, Value]) -> None:
 
 @torch.no_grad()
 def ranges(layer: Layer, options: Mapping[str, Value]) -> None:
-    """Choose the range of the layer's input again, from what the quantized layers before it produce now."""
+    """Choose the range of the layer's input again, from what the quantized layers before it produce now.
+
+    With ``by_output`` the range found so far is made narrower or wider as long as the error of the layer's output falls.
+    """
     quantizer = layer.module.input_quantizer
     if quantizer is None:
         raise NotApplicableError("its input stays float")
     if quantizer.spec.dynamic:
         raise NotApplicableError("its input takes its range from each live tensor")
+    if options["by_output"]:
+        _by_output(layer, quantizer)
+        return
     observer = make_observer(quantizer.observer_name)
     for x in layer.raw_inputs():
         observer.update(x)
     observer.reduce()
     quantizer.set_qparams(observer.qparams(quantizer.spec))
+
+
+def _by_output(layer: Layer, quantizer: Quantizer) -> None:
+    """Multiply the input's scale by 0.95 or by its reciprocal while that lowers the error of the output."""
+    if quantizer.consumers > 1:
+        raise NotApplicableError(f"{quantizer.consumers} readers share the range of its input")
+    if quantizer.spec.scale is not None or not quantizer.spec.format.is_scaled:
+        raise NotApplicableError(f"scales of {quantizer.spec} cannot take any value")
+    best, least = quantizer.qparams, layer.error()
+    assert best is not None
+    for factor in (_NARROWER, 1 / _NARROWER):
+        while True:
+            quantizer.set_qparams(replace(best, scale=best.scale * factor))
+            error = layer.error()
+            if not error < least:
+                break
+            least, best = error, replace(best, scale=best.scale * factor)
+    quantizer.set_qparams(best)
 
 
 def _check_scales(layer: Layer) -> None:

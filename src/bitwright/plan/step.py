@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "analytic_bias_correction": Method("layer"),
     "bn_reestimation": Method("layer"),
     "affine_repair": Method("layer"),
-    "ranges": Method("layer"),
+    "ranges": Method("layer", {"by_output": False}),
     "gptq": Method("layer", {"damping": 0.01, "act_order": True, "match_float": True, "rescale": False}),
     "adaround": Method("layer", {"iterations": 1000, "batch": 32, "seed": 0}),
     "adaquant": Method("layer", {"iterations": 1000, "batch": 32, "seed": 0}),
