@@ -72,8 +72,7 @@ def calibrate(
     except BaseException:
         _set_stage(quantizers, Stage.FLOAT)
         raise
-    unreached = [f"{path}: {part}" for path, layer in layers.items() for part in layer.unreached()]
-    return missed + [part for part in unreached if all(part in found for found in ranks.gathered(unreached))]
+    return missed + _unreached(layers)
 
 
 def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> int:
@@ -125,6 +124,13 @@ def _missed(hits: dict[str, int], *, needed: bool) -> list[str]:
     counts = torch.tensor([*hits.values(), int(needed)])
     ranks.all_reduce(counts, dist.ReduceOp.SUM)
     return [name for name, count in zip(hits, counts.tolist(), strict=False) if not count] if counts[-1] else []
+
+
+def _unreached(layers: Mapping[str, Simulated]) -> list[str]:
+    """Parts of layers that ran on no rank."""
+    own = [f"{path}: {part}" for path, layer in layers.items() for part in layer.unreached()]
+    everywhere = set(own).intersection(*ranks.gathered(own))
+    return [part for part in own if part in everywhere]
 
 
 def _refuse(missed: list[str], total: int) -> None:
