@@ -417,6 +417,36 @@ def test_inputs_that_are_not_finite_are_reported() -> None:
         LAYER["gptq"](layer, DEFAULTS)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+def test_output_channels_are_swept_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, rescale: bool) -> None:
+    x = mixed(400, 48)
+    weights = []
+    for part in (2**22, 3 * 48):
+        monkeypatch.setattr("bitwright.algorithms.gptq._PART", part)
+        torch.manual_seed(3)
+        layer = visited(nn.Linear(48, 8), "uint3/group16/asym", [x], None)
+        LAYER["gptq"](layer, {**DEFAULTS, "act_order": not rescale, "rescale": rescale})
+        weights.append(layer.weight.clone())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize(("most", "inputs", "shift"), [(100, "float32", "float64"), (1200, "float64", "float32")])
+def test_sums_of_two_precisions_go_together(
+    monkeypatch: pytest.MonkeyPatch, most: int, inputs: str, shift: str
+) -> None:
+    wanted = mixed(400, 30)
+    model = visited(nn.Linear(30, 3 if inputs == "float32" else 60), "int4/channel", [wanted], None).module
+    call = Call((0.9 * wanted,), {}, (wanted,), {}, model(wanted).detach())
+    layer = Layer(Visit("", model, [call], 0, 1), model)
+    monkeypatch.setattr("bitwright.algorithms.moments._LARGE", most)
+    found = moments(layer, drift=True)
+    assert found.shift is not None
+    assert (str(found.inputs.dtype), str(found.shift.dtype)) == (f"torch.{inputs}", f"torch.{shift}")
+    before = layer.error()
+    LAYER["gptq"](layer, DEFAULTS)
+    assert layer.error() < 0.9 * before
+
+
 @pytest.mark.parametrize("rows", [1, 4, 30])
 @pytest.mark.parametrize("constant", [False, True])
 def test_little_data_does_no_harm(rows: int, constant: bool) -> None:

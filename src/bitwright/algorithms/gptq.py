@@ -29,6 +29,7 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.step import Value
 
 COLUMNS = 128  # swept at a time; what they change in later columns is one product
+_PART = 2**22  # weights that are swept at a time
 _LEAST = 1e-8  # a damping of 0 that is too little becomes this
 
 
@@ -53,6 +54,7 @@ def gptq(layer: Layer, options: Mapping[str, Value]) -> str:
     grid = Grid.of(quantizer, weight, len(rows))
     observer = quantizer.observer_name if rescale else ""
     found = solve(fit, rows, grid, damping, act_order=act_order, observer=observer).reshape(weight.shape)
+    del fit
     rounded = nearest(weight, quantizer)
     wrong = errors(layer, (found, rounded), drift=drift)
     better = wrong[0] < wrong[1]
@@ -61,8 +63,9 @@ def gptq(layer: Layer, options: Mapping[str, Value]) -> str:
         raise NotApplicableError("rounding to nearest is as good on the examples kept apart")
     if rescale:
         _store(grid, quantizer, better)
-    chosen = better.view(-1, *[1] * (weight.dim() - 1))
-    write_weight(layer.module, torch.where(chosen, found, rounded), quantizer)
+    found[~better] = rounded[~better]
+    del rounded
+    write_weight(layer.module, found, quantizer)
     kept = int((~better).sum())
     return f"{kept} of {len(better)} channels stay rounded to nearest" if kept else ""
 
@@ -99,14 +102,21 @@ def solve(
     if act_order:
         order = hessian.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)
     order = order.flip(1)  # see `sweep`
-    lower = factor(_permuted(hessian, order), damping)
-    at = order.unsqueeze(-1).expand(-1, -1, weight.shape[1])
-    columns, shift = weight.mT.gather(1, at), torch.zeros_like(weight.mT, memory_format=torch.contiguous_format)
-    if fit.shift is not None:
-        shift = _substituted(lower, fit.shift.mT.gather(1, at))
-        shift = (shift / lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)).float()
-    found = sweep(columns, shift, lower, grid.in_order(order), observer)
-    return torch.empty_like(columns).scatter_(1, at, found).mT
+    lower, grid = factor(_permuted(hessian, order), damping), grid.in_order(order)
+    in_place = fit.shift is not None and fit.shift.dtype == weight.dtype
+    found = fit.shift if in_place else torch.empty_like(weight)
+    assert found is not None
+    for part in torch.arange(weight.shape[1]).split(max(1, _PART // (len(weight) * count))):
+        chosen = slice(int(part[0]), int(part[-1]) + 1)  # output channels do not depend on each other
+        at = order.unsqueeze(-1).expand(-1, -1, len(part))
+        columns = weight[:, chosen].mT.gather(1, at)
+        if fit.shift is None:
+            shift = torch.zeros_like(columns)
+        else:
+            shift = _substituted(lower, fit.shift[:, chosen].mT.gather(1, at).to(lower.dtype))
+            shift = shift.div_(lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)).float()
+        found[:, chosen] = columns.scatter_(1, at, sweep(columns, shift, lower, grid.of_rows(chosen), observer)).mT
+    return found
 
 
 def factor(hessian: Tensor, damping: float) -> Tensor:
@@ -165,8 +175,8 @@ def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of a symmetric ``[groups, k, k]`` in another order, in place."""
     for view in (matrix, matrix.mT):
         for start in range(0, matrix.shape[-1], BLOCK):
-            rows = view[:, start : start + BLOCK]
-            rows.copy_(rows.gather(2, order.unsqueeze(1).expand(rows.shape)))
+            for rows, chosen in zip(view[:, start : start + BLOCK], order, strict=True):
+                rows.copy_(rows.index_select(1, chosen))
     return matrix
 
 

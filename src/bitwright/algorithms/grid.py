@@ -47,6 +47,11 @@ class Grid:
         """The grid of the columns ``order [groups, k]``."""
         return replace(self, places=self.places.gather(1, order))
 
+    def of_rows(self, chosen: slice) -> Grid:
+        """The grid of some output channels of each group, in the memory of this one."""
+        zero_point = None if self.zero_point is None else self.zero_point[..., chosen]
+        return replace(self, scale=self.scale[..., chosen], zero_point=zero_point)
+
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """``values [groups, o]`` on the grid of a column."""
 

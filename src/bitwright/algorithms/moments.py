@@ -5,6 +5,7 @@ Every fifth example is kept apart, so that what is fitted to the others can be j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ _LARGE = 2**22  # sums of more elements are float32
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Means over rows x: ``inputs = E[x x^T]``, ``[groups, k, k]``, and ``shift = W E[(x_float - x) x^T]``,
-    ``[groups, o, k]``, in float64, for k above 2048 in float32.
+    ``[groups, o, k]``; each in float64, or in float32 where it has more than 4 million elements.
 
     ``x_float`` is the row that the float model has in the place of x; without shift the two count as equal.
     """
@@ -91,8 +92,8 @@ def moments(layer: Layer, *, drift: bool) -> Moments:
     step = (split.total // (ROWS + 1)) | 1  # odd: it meets all columns of images whose width is even
     dtype = torch.float64 if split.total <= _FEW else torch.float32
     groups, k = _groups(module), weight[0].numel()
-    sums = torch.zeros(groups, k, k, dtype=torch.float64 if groups * k * k <= _LARGE else torch.float32)
-    shift, count = torch.zeros(groups, len(weight) // groups, k if drift else 0, dtype=sums.dtype), 0
+    sums, shift = _zeros(groups, k, k), _zeros(groups, len(weight) // groups if drift else 0, k)
+    count = 0
     for x, wanted, at in split.side(layer, apart=False, step=step):
         rows = rows_of(module, x, at).to(dtype)
         add_square(sums, rows)
@@ -167,6 +168,10 @@ def symmetric(lower: Tensor) -> Tensor:
         block.copy_(block.tril() + block.tril(-1).mT)
         lower[:, start:stop, stop:] = lower[:, stop:, start:stop].mT
     return lower
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64 if math.prod(shape) <= _LARGE else torch.float32)
 
 
 def _examples(module: QLayer, x: Tensor) -> int:
