@@ -98,7 +98,7 @@ def affine_repair(layer: Layer, options: Mapping[str, Value]) -> None:
 def ranges(layer: Layer, options: Mapping[str, Value]) -> None:
     """Choose the range of the layer's input again, from what the quantized layers before it produce now.
 
-    With ``by_output`` the range found so far is made narrower or wider as long as the error of the layer's output falls.
+    With ``by_output`` the range found so far is made narrower or wider while the error of the layer's output falls.
     """
     quantizer = layer.module.input_quantizer
     if quantizer is None:
