@@ -43,7 +43,6 @@ def decoder(layers: int) -> tuple[nn.Module, int]:
         num_attention_heads=32,
         num_key_value_heads=4,
         vocab_size=WORDS,
-        attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
     return Logits(model.eval()), sum(4 * p.numel() for p in model.model.layers[0].parameters())
@@ -86,8 +85,6 @@ def main() -> None:
     start = time.perf_counter()
     bw.calibrate(model, batches, on_layer=on_layer)
     end = time.perf_counter()
-    for p in peaks:
-        print(p)
     peak = memory("VmHWM") - before
     print(peak / block)
     first = min(reached.values())
