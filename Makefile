@@ -32,4 +32,4 @@ native: setup                ## rebuild the native kernels in place
 	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall -e .
 
 bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
-	for script in latency overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in latency overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama; do $(BIN)/python benchmarks/$$script.py || exit 1; done

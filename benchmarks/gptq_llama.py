@@ -1,4 +1,4 @@
-"""Claim: GPTQ on a Llama of a billion parameters needs little more memory than the activations that wait.
+"""What GPTQ takes on decoder layers of a Llama of a billion parameters: seconds and memory.
 
 Decoder layers of TinyLlama's shape (width 2048, feed-forward 5632, 32 heads, 4 of keys and values; 44 M weights, 176 MB
 in float32) with random weights and a small vocabulary; int4 weights in groups of 128, scales from the extremes; 16
@@ -6,8 +6,8 @@ sequences of 256 random tokens, one per batch. Memory is resident memory beyond 
 hold before calibration, in multiples of one layer's float32 weights: the most at any time, and the most that waits
 where a linear layer begins (activations of all sequences in the float and the quantized model).
 
-Activations are allocated and freed in a thread per sequence, and glibc gives such memory back late: 5 times as much
-stays resident with its defaults. So the script starts itself with MALLOC_MMAP_THRESHOLD_=500000, which anyone can set.
+Activations are allocated and freed in a thread per sequence, and glibc gives such memory back late: three times as
+much waits resident with its defaults. So the script starts itself with MALLOC_MMAP_THRESHOLD_=500000, which anyone can set.
 Writes results/gptq_llama.json. Needs 5 GB.
 
     python benchmarks/gptq_llama.py [--layers 2] [--threads 2] [--steps gptq]
