@@ -7,8 +7,8 @@ hold before calibration, in multiples of one layer's float32 weights: the most a
 where a linear layer begins (activations of all sequences in the float and the quantized model).
 
 Activations are allocated and freed in a thread per sequence, and glibc gives such memory back late: three times as
-much waits resident with its defaults. So the script starts itself with MALLOC_MMAP_THRESHOLD_=500000, which anyone can set.
-Writes results/gptq_llama.json. Needs 5 GB.
+much waits resident with its defaults. So the script starts itself with MALLOC_MMAP_THRESHOLD_=500000, which anyone can
+set. Writes results/gptq_llama.json. Needs 5 GB.
 
     python benchmarks/gptq_llama.py [--layers 2] [--threads 2] [--steps gptq]
 """
