@@ -341,6 +341,19 @@ def test_a_missing_foreign_or_mismatched_folder_is_explained(
         load(tmp_path / "model", Mlp())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.5])
+def test_scales_that_are_none_are_refused_by_name(
+    value: float, pair: tuple[nn.Module, nn.Module, Tensor], tmp_path: Path
+) -> None:
+    shipped = pair[0]
+    name = next(name for name in shipped.state_dict() if name.endswith("weight_scale"))
+    with torch.no_grad():
+        shipped.state_dict()[name].view(-1)[1] = value
+    save(shipped, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"corrupt: {name} holds {value}, expected positive finite scales"):
+        load(tmp_path / "model", Mlp())
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_float_weights_load_in_place(suffix: str, tmp_path: Path) -> None:
     source, target = with_statistics(ResidualCnn()), ResidualCnn()

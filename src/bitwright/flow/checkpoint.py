@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError, CheckpointError
 from bitwright.flow.convert import convert, is_converted
 from bitwright.flow.prepare import plan_of, prepare
+from bitwright.lowbit.attention import Operand
+from bitwright.lowbit.elementwise import LowbitAdd
+from bitwright.lowbit.layer import LowbitLayer
 from bitwright.nn.quantizer import Quantizer, Stage
 from bitwright.plan.plan import Plan
 
@@ -118,7 +121,25 @@ def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | Non
         rebuilt.load_state_dict(tensors)
     except RuntimeError as cause:
         raise CheckpointError(f"{folder / TENSORS} does not fit {type(model).__name__}: {cause}") from cause
+    _check_scales(rebuilt, folder / TENSORS)
     return rebuilt
+
+
+def _check_scales(model: nn.Module, path: Path) -> None:
+    """Shipped scales are positive; those in training may be driven below 0, where they count as the smallest."""
+    for name, module in model.named_modules():
+        shipped = isinstance(module, (LowbitLayer, LowbitAdd, Operand))
+        if not shipped and not isinstance(module, Quantizer):
+            continue
+        for part, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if "scale" not in part or part.startswith("kernel_") or not value.is_floating_point():
+                continue
+            good = value.isfinite() & (value > 0) if shipped else value.isfinite()
+            if not bool(good.all()):
+                found = value[~good].flatten()[0].item()
+                raise CheckpointError(
+                    f"{path} is corrupt: {name}.{part} holds {found}, expected positive finite scales"
+                )
 
 
 def _understood(metadata: dict[str, str], tensors: dict[str, Tensor], path: Path) -> tuple[str, dict[str, str]]:
