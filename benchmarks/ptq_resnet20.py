@@ -104,7 +104,8 @@ def table(
     name: str, model: nn.Module, calibration: Tensor, items: list[tuple[Tensor, Tensor]], options: argparse.Namespace
 ) -> None:
     """One line per setting and recipe for one set of float weights."""
-    wanted, float_scores = answers(model, items), bw.item_scores(model, items)
+    wanted, labels = answers(model, items), torch.cat([y for _, y in items])
+    float_scores = (wanted == labels).float()
     print(f"{name}, float: {100 * float_scores.mean():.2f} % of {len(float_scores)}")
     path = FOLDER / "ptq_resnet20.json"
     for setting in options.only:
@@ -115,9 +116,11 @@ def table(
                 print(key, results[key])
                 continue
             prepared, seconds = calibrated(model, setting, recipe, calibration)
-            shipped = bw.convert(prepared)
-            drop = bw.paired_drop(float_scores, bw.item_scores(shipped, items))
-            same = (answers(shipped, items) == wanted).float().mean().item()
+            found = answers(bw.convert(prepared), items)
+            drop, same = (
+                bw.paired_drop(float_scores, (found == labels).float()),
+                (found == wanted).float().mean().item(),
+            )
             row = {"drop": drop.drop, "low": drop.low, "high": drop.high, "same": same, "seconds": seconds}
             print(key, f"drop {drop}, same answer on {100 * same:.2f} %, {seconds:.0f} s", flush=True)
             if not options.validation:

@@ -45,6 +45,7 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Steps]]] = {
     "W8A8 dynamic": ("w8a8-dynamic", "", BOTH),
     "W8A8": ("w8a8", "", BOTH),
     "W4A8": ("w4a8", "", BOTH),
+    "W4A8 dynamic g32": ("w8a8-dynamic", "int4/group", BOTH),
     "W4A4": ("w4a4", "", ROTATED),
 }
 """Preset, format of weights in groups of 32 (none: as the preset has them), and recipes."""
