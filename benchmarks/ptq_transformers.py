@@ -38,17 +38,17 @@ ROTATED: dict[str, Steps] = BOTH | {"rotate": ("rotate",), "rotate, gptq": ("rot
 
 
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Steps]]] = {
-    "W4 g32": ("w4a16", "int4/group", WEIGHTS),
-    "W4 g32 asymmetric": ("w4a16", "uint4/asym/group", WEIGHTS),
-    "W3 g32": ("w4a16", "int3/group", WEIGHTS),
-    "W2 g32": ("w4a16", "int2/group", WEIGHTS),
+    "W4 g32": ("w4a16", "int4/group{size}", WEIGHTS),
+    "W4 g32 asymmetric": ("w4a16", "uint4/asym/group{size}", WEIGHTS),
+    "W3 g32": ("w4a16", "int3/group{size}", WEIGHTS),
+    "W2 g32": ("w4a16", "int2/group{size}", WEIGHTS),
     "W8A8 dynamic": ("w8a8-dynamic", "", BOTH),
     "W8A8": ("w8a8", "", BOTH),
     "W4A8": ("w4a8", "", BOTH),
-    "W4A8 dynamic g32": ("w8a8-dynamic", "int4/group", BOTH),
+    "W4A8 dynamic": ("w8a8-dynamic", "int4/channel", BOTH),
     "W4A4": ("w4a4", "", ROTATED),
 }
-"""Preset, format of weights in groups of 32 (none: as the preset has them), and recipes."""
+"""Preset, format of weights (none: as the preset has them), and recipes."""
 
 
 def run(
@@ -64,9 +64,9 @@ def run(
     for label, (preset, fmt, recipes) in ((c, CONFIGURATIONS[c]) for c in chosen):
         sites = {"*embed*.weight": "float"}
         if fmt:
-            sites["*layer*.weight"] = f"{fmt}32"
+            sites["*layer*.weight"] = fmt.format(size=32)
         if fmt and name == "stories260k":
-            sites["*down_proj.weight"] = f"{fmt}43"  # it has 172 inputs
+            sites["*down_proj.weight"] = fmt.format(size=43)  # it has 172 inputs
         for recipe, steps in recipes.items():
             if only and recipe not in only:
                 continue
