@@ -10,6 +10,7 @@ A message says what was asked, what was found and what to do, and names the site
     ├── PlanError         a plan that names unknown sites, does not fit the model, or the target cannot run
     ├── ModelError        a model that cannot be prepared (nothing to quantize, unknown layer class, half precision)
     ├── CalibrationError  calibration that saw no data, bad data, or never reached a module
+    ├── SearchError       a search that cannot be set up, a budget that nothing meets
     ├── TrainingError     a training run that cannot be set up or went wrong
     ├── KernelError       a kernel called with arguments it cannot serve
     ├── CheckpointError   a folder that is missing, corrupt, foreign, or does not fit the model
@@ -40,6 +41,10 @@ class ModelError(BitwrightError):
 
 class CalibrationError(BitwrightError):
     """Calibration without data, with bad data, or with modules that never ran."""
+
+
+class SearchError(BitwrightError):
+    """A search that cannot be set up, or a budget that nothing meets."""
 
 
 class TrainingError(BitwrightError):
