@@ -23,7 +23,7 @@ from bitwright.errors import BitwrightError, PlanError
 from bitwright.flow.convert import convert
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
-from bitwright.plan.step import METHODS, Step
+from bitwright.plan.step import Step
 from bitwright.search.bits import (
     Layers,
     first_that_holds,
@@ -46,14 +46,18 @@ class Rung:
     """A recipe: the steps that `calibrate` takes beside choosing ranges."""
 
     name: str
-    steps: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        options = (" ".join(f"{key}={value}" for key, value in step.options.items()) for step in self.steps)
+        return f"{self.name}: {', '.join(f'{s.name} {o}'.strip() for s, o in zip(self.steps, options, strict=True))}"
 
 
 RUNGS = (
     Rung("nearest"),
-    Rung("bias correction", ("bias_correction",)),
-    Rung("gptq", ("gptq", "affine_repair", "bias_correction")),
-    Rung("block reconstruction", ("brecq",)),
+    Rung("bias correction", (Step("bias_correction"),)),
+    Rung("gptq", (Step("gptq"), Step("ranges", {"by_output": True}), Step("affine_repair"), Step("bias_correction"))),
+    Rung("block reconstruction", (Step("brecq"),)),
 )
 """Recipes from the cheapest to the most expensive."""
 
@@ -118,12 +122,12 @@ def known_rungs(names: Sequence[str] | None = None, *, data: bool = True) -> tup
     >>> [rung.name for rung in known_rungs(data=False)]
     ['nearest']
     """
-    known = [rung for rung in RUNGS if set(rung.steps) <= set(METHODS)]
-    names = [rung.name for rung in known] if names is None else names
+    known = [rung.name for rung in RUNGS]
+    names = known if names is None else names
     for name in names or ("",):
-        if name not in [rung.name for rung in known]:
-            raise PlanError(f"unknown recipe {name!r}; the ladder has {', '.join(rung.name for rung in known)}")
-    chosen = tuple(rung for rung in known if rung.name in names and (data or not rung.steps))
+        if name not in known:
+            raise PlanError(f"unknown recipe {name!r}; the ladder has {', '.join(known)}")
+    chosen = tuple(rung for rung in RUNGS if rung.name in names and (data or not rung.steps))
     if not chosen:
         raise PlanError(f"{', '.join(names)} need calibration data; pass batches")
     return chosen
@@ -175,7 +179,7 @@ def _identity(task: Task, rungs: Sequence[Rung]) -> dict[str, Any]:
         "calibration data": f"{len(task.batches)} batches {digest(task.batches)}",
         "max_drop": task.goal.max_drop,
         "max_bytes": task.goal.max_bytes,
-        "recipes": [f"{rung.name}: {' '.join(rung.steps)}" for rung in rungs],
+        "recipes": [str(rung) for rung in rungs],
     }
 
 
@@ -259,7 +263,7 @@ class _Ladder:
             torch.manual_seed(0)
             if raised and self.order is None:
                 self.order = most_sensitive_first(task.model, task.plan, task.batches, task.example)
-            plan = replace(task.plan, steps=tuple(Step(name) for name in rung.steps))
+            plan = replace(task.plan, steps=rung.steps)
             prepared = prepare(task.model, with_eight_bits(plan, (self.order or [])[:raised]))
             calibrate(prepared, task.batches, on_layer=lambda *_: self.tick())
             shipped = convert(prepared, inplace=True)
