@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nets import ResNet20
 from torch import Tensor, nn
 
 from bitwright.algorithms.pipeline import calibrate
@@ -19,6 +18,7 @@ from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.search.cost import Cost, Work, layer_cost, plan_bytes, site_bytes, work_of
+from nets import ResNet20
 
 FAST = {"weight": "minmax", "input": "minmax"}
 IMAGE = torch.zeros(1, 3, 32, 32)

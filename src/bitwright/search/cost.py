@@ -52,8 +52,13 @@ class Cost:
             raise SearchError(f"a cost must be a finite number, found {', '.join(bad)}")
 
     def __add__(self, other: Cost) -> Cost:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "live"}
-        return Cost(**sums, live=max(self.live, other.live))
+        return Cost(
+            self.bytes + other.bytes,
+            self.latency + other.latency,
+            self.energy + other.energy,
+            self.bops + other.bops,
+            max(self.live, other.live),
+        )
 
     @property
     def peak_memory(self) -> float:
