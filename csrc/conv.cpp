@@ -164,7 +164,7 @@ void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer
         return;
     }
     const int64_t strips = p.flat ? ceil_div(images * p.ho * p.wo, p.strip_pixels) : images * p.ho;
-    const Work all{strips, p.blocks, p.block_bytes, 8};
+    const Work all{strips, p.blocks, p.block_bytes, kernels.gemm[0]};
     const bool by_blocks = split_by_blocks(all, kernels, threads, images * p.image.image_bytes / a.groups);
     parallel_for(threads, [&](int index, int count) {
         for (int64_t g = 0; g < a.groups; ++g) {

@@ -10,7 +10,9 @@
 //     8 bit: 64 bytes = one step; signed codes w.
 //     4 bit: 64 bytes = two steps; unsigned w + 8, low nibble = even step, high nibble = odd step.
 //     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
-//   These 64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
+//     3 bit (scales per group only): 192 bytes = eight steps; unsigned w + 4, two times four steps of the lower 2
+//            bits, then bit s of a byte is the third bit of step s.
+//   64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
 //   padding holds the code 0. Convolutions: see conv.cpp.
 //   For float activations ("decoded") the same, with indices of a table in place of w + 8 and w + 2 (8 bit:
 //   signed codes), and
@@ -71,6 +73,13 @@ struct Gemm {
     int64_t terms_stride;  // 0: one entry for all rows
     float* y;
     int64_t y_stride;
+    // Only where scales belong to groups of inputs; then w_scale and w_sum are [blocks][scale_groups][16], there is
+    // one run, and `run_groups` counts the units (loads, at 3 bits 192 bytes) of one scale group.
+    int64_t scale_groups;
+    const int32_t* constants;  // [scale_groups][constants_stride]: minus the constant of `terms`, per row
+    int64_t constants_stride;
+    bool shifted;   // some row has a zero
+    bool one_zero;  // all rows have that of the first
 };
 
 // The blocks [begin, end) that a strip meets. Those up to next_end come next: this strip, number `part` of
@@ -149,7 +158,8 @@ struct Kernels {
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
-    void (*gemm[3])(const Gemm& gemm, const Span& span);  // for 8, 4 and 2 bit weights
+    void (*gemm[3])(const Gemm& gemm, const Span& span);     // for 8, 4 and 2 bit weights
+    void (*grouped[4])(const Gemm& gemm, const Span& span);  // with a scale per group, for 8, 4, 3 and 2 bits
     // Rows and blocks from, to; for 8, 4, 3 and 2 bit codes.
     void (*decoded[4])(const Decoded& job, int64_t row, int64_t row_end, int64_t block, int64_t block_end);
     void (*depthwise)(const Depthwise& job);

@@ -149,19 +149,27 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     }
 }
 
+// The kind of tile for weights with one scale per output; grouped.h has another.
+struct PerOutput {
+    template <class S, int BITS, int ROWS, int BLOCKS>
+    static BW_INLINE void run(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
+        tile<S, BITS, ROWS, BLOCKS>(g, row, block, ahead);
+    }
+};
+
 // The tile for a run-time number of rows in 1..ROWS.
-template <class S, int BITS, int BLOCKS, int ROWS>
+template <class S, class TILE, int BITS, int BLOCKS, int ROWS>
 BW_INLINE void tile_of(const Gemm& g, int64_t row, int64_t rows, int64_t block, Ahead ahead) {
     if (rows == ROWS) {
-        tile<S, BITS, ROWS, BLOCKS>(g, row, block, ahead);
+        TILE::template run<S, BITS, ROWS, BLOCKS>(g, row, block, ahead);
     } else if constexpr (ROWS > 1) {
-        tile_of<S, BITS, BLOCKS, ROWS - 1>(g, row, rows, block, ahead);
+        tile_of<S, TILE, BITS, BLOCKS, ROWS - 1>(g, row, rows, block, ahead);
     }
 }
 
 // All rows of a strip against a span of blocks. Rows are dealt evenly to the tiles: 14 rows are 7 + 7, not
 // 12 + 2.
-template <class S, int BITS>
+template <class S, class TILE, int BITS>
 void gemm_strip(const Gemm& g, const Span& span) {
     const Ahead nothing{g.w, 0};
     const int64_t tiles = (g.rows + S::kTileRows - 1) / S::kTileRows;
@@ -174,7 +182,7 @@ void gemm_strip(const Gemm& g, const Span& span) {
         // Few rows have few accumulators: more blocks at a time hide the latency of the sums.
         if (rows <= S::kNarrowRows) {
             for (; block + S::kNarrowBlocks <= span.end; block += S::kNarrowBlocks) {
-                tile_of<S, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block, nothing);
+                tile_of<S, TILE, BITS, S::kNarrowBlocks, S::kNarrowRows>(g, row, rows, block, nothing);
             }
         }
         for (; block + S::kTileBlocks <= span.end; block += S::kTileBlocks) {
@@ -184,9 +192,9 @@ void gemm_strip(const Gemm& g, const Span& span) {
                 const int64_t begin = tile_bytes * (span.part * tiles + t) / shares;
                 ahead = {g.w + next * g.block_bytes + begin, S::kTileBlocks * kGroupBytes / shares + 1};
             }
-            tile_of<S, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block, ahead);
+            tile_of<S, TILE, BITS, S::kTileBlocks, S::kTileRows>(g, row, rows, block, ahead);
         }
-        for (; block < span.end; ++block) tile_of<S, BITS, 1, S::kTileRows>(g, row, rows, block, nothing);
+        for (; block < span.end; ++block) tile_of<S, TILE, BITS, 1, S::kTileRows>(g, row, rows, block, nothing);
     }
 }
 

@@ -160,6 +160,16 @@ struct Avx2 {
                      _mm256_and_si256(_mm256_srli_epi16(raw.hi, STEP * BITS), mask)};
         }
     }
+    // Unpacked lower two bits of a step and, above them, its third bits.
+    template <int STEP>
+    static BW_INLINE I with_third(I low, Raw third) {
+        constexpr int kLeft = STEP < 2 ? 2 - STEP : 0, kRight = STEP < 2 ? 0 : STEP - 2;
+        const __m256i mask = _mm256_set1_epi8(4);
+        const __m256i lo = _mm256_srli_epi16(_mm256_slli_epi16(third.lo, kLeft), kRight);
+        const __m256i hi = _mm256_srli_epi16(_mm256_slli_epi16(third.hi, kLeft), kRight);
+        return {_mm256_or_si256(_mm256_and_si256(lo, mask), low.lo),
+                _mm256_or_si256(_mm256_and_si256(hi, mask), low.hi)};
+    }
     template <int BITS>
     static BW_INLINE auto broadcast(const uint8_t* p) {
         int32_t four;

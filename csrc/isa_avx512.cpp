@@ -98,6 +98,13 @@ struct Avx512 {
         const I moved = STEP == 0 ? raw : _mm512_srli_epi16(raw, STEP * BITS);
         return _mm512_and_si512(moved, _mm512_set1_epi8((1 << BITS) - 1));
     }
+    // Unpacked lower two bits of a step and, above them, its third bits.
+    template <int STEP>
+    static BW_INLINE I with_third(I low, Raw third) {
+        const I moved = STEP < 2 ? _mm512_slli_epi16(third, STEP < 2 ? 2 - STEP : 0)
+                                 : _mm512_srli_epi16(third, STEP < 2 ? 0 : STEP - 2);
+        return _mm512_ternarylogic_epi32(moved, _mm512_set1_epi8(4), low, 0xEA);  // (moved & 4) | low
+    }
     template <int BITS>
     static BW_INLINE I broadcast(const uint8_t* p) {
         int32_t four;

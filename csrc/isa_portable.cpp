@@ -171,6 +171,14 @@ struct Portable {
         }
         return out;
     }
+    // Unpacked lower two bits of a step and, above them, its third bits.
+    template <int STEP>
+    static BW_INLINE Bytes with_third(Bytes low, const Raw& third) {
+        for (int t = 0; t < 4; ++t) {
+            for (int i = 0; i < kLanes; ++i) low.v[t][i] |= wrap((third.v[i] >> (8 * t + STEP) & 1u) << 2);
+        }
+        return low;
+    }
     template <int BITS>
     static BW_INLINE Four broadcast(const uint8_t* p) {
         Four out;

@@ -5,6 +5,7 @@
 #include "decoded.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "grouped.h"
 #include "quantize.h"
 #include "train.h"
 
@@ -14,7 +15,8 @@ template <class S>
 const Kernels* table() {
     static const Kernels kernels = {
         absmax_run<S>,      quantize_run<S>,
-        quantize_planes<S>, {gemm_strip<S, 8>, gemm_strip<S, 4>, gemm_strip<S, 2>},
+        quantize_planes<S>, {gemm_strip<S, PerOutput, 8>, gemm_strip<S, PerOutput, 4>, gemm_strip<S, PerOutput, 2>},
+        {gemm_strip<S, Grouped, 8>, gemm_strip<S, Grouped, 4>, gemm_strip<S, Grouped, 3>, gemm_strip<S, Grouped, 2>},
         {decoded_run<S, 8>, decoded_run<S, 4>, decoded_run<S, 3>, decoded_run<S, 2>},
         depthwise_row<S>,   add_run<S>,
         centred_codes<S>,   straight_through<S>, moments_run<S>,

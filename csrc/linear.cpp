@@ -1,4 +1,5 @@
-// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights: packs the weights, quantizes the rows of x to bytes
+// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights with a scale per output, or per group of inputs, where 3 bits
+// have a layout too: packs the weights, quantizes the rows of x to bytes
 // and runs the matrix kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized
 // copy stays near the cores and the working memory stays bounded. Layouts: dispatch.h.
 #include <cfloat>
@@ -16,10 +17,14 @@ constexpr int64_t kChunkBytes = 4 << 20;
 constexpr int64_t kStripRows = 96;            // rows that are dealt to a thread at once
 constexpr int64_t kSerialQuantize = 1 << 14;  // inputs that one thread quantizes before another has woken up
 
-int64_t group_inputs(int64_t bits) { return 4 * (8 / bits); }
+// Inputs and bytes of the smallest run of packed codes that can be read by itself.
+int64_t unit_inputs(int64_t bits) { return bits == 3 ? 32 : 4 * (8 / bits); }
+int64_t unit_bytes(int64_t bits) { return bits == 3 ? 3 * kGroupBytes : kGroupBytes; }
+
+int64_t scale_groups(const Linear& a) { return a.group_size == 0 ? 0 : a.k / a.group_size; }
 
 void check_matrix(int64_t bits, int64_t n, int64_t k) {
-    require(bits == 8 || bits == 4 || bits == 2, "weights are packed with 8, 4 or 2 bits");
+    require(bits == 8 || (bits <= 4 && bits >= 2), "weights are packed with 8, 4, 3 or 2 bits");
     size_product({n, k});
 }
 
@@ -29,6 +34,9 @@ void check(const Linear& a) {
     size_product({a.m, a.n});
     check_range(a.range);
     require(a.threads >= 1, "threads must be positive");
+    require(a.bits != 3 || a.group_size > 0, "3-bit weights need a scale per group");
+    require(a.group_size >= 0 && (a.group_size == 0 || a.k % a.group_size == 0), "groups must divide the inputs");
+    require(a.group_size % unit_inputs(a.bits) == 0, "groups must hold whole units of codes");
     require(a.scale_stride == 0 || a.scale_stride == 1, "scale stride must be 0 or 1");
     require(a.dynamic || a.scale != nullptr, "a static quantizer needs a scale");
     require(!a.dynamic || (a.zero == nullptr && a.range.qmax > 0), "a dynamic quantizer is symmetric");
@@ -62,7 +70,7 @@ void check_rows(const Linear& a) {
     const int64_t rows = a.dynamic || a.scale_stride == 0 ? 1 : a.m;
     for (int64_t row = 0; row < rows; ++row) {
         const float zero = a.zero != nullptr ? a.zero[row] : 0.0f;
-        check_zero_point(zero, a.range, a.k, limit);
+        check_zero_point(zero, a.range, a.group_size == 0 ? a.k : a.group_size, limit);
     }
 }
 
@@ -71,16 +79,25 @@ struct Rows {
     uint8_t* bytes;
     int64_t stride;
     RowTerms* terms;
+    int32_t* constants;  // [scale_groups][constants_stride]
+    int64_t constants_stride;
 };
 
 void quantize_row(const Linear& a, const Kernels& kernels, const Rows& rows, int64_t first, int64_t i) {
     const Quantizer quantizer = row_quantizer(a, kernels, first + i);
     uint8_t* bytes = rows.bytes + i * rows.stride;
-    const int32_t sum = kernels.quantize(a.x + (first + i) * a.k, a.k, quantizer, bytes);
+    const float* x = a.x + (first + i) * a.k;
+    const uint32_t half = a.bits == 8 ? 0 : 1u << (a.bits - 1);
     std::memset(bytes + a.k, 0, static_cast<size_t>(rows.stride - a.k));
-    const uint32_t half = 1u << (a.bits - 1);
-    const int32_t constant = a.bits == 8 ? 0 : static_cast<int32_t>(half * static_cast<uint32_t>(sum));
-    rows.terms[i] = {quantizer.scale, quantizer.offset, constant};
+    rows.terms[i] = {quantizer.scale, quantizer.offset, 0};
+    for (int64_t group = 0; group < scale_groups(a); ++group) {
+        const int64_t begin = group * a.group_size;
+        const int32_t sum = kernels.quantize(x + begin, a.group_size, quantizer, bytes + begin);
+        rows.constants[group * rows.constants_stride + i] = static_cast<int32_t>(0u - half * static_cast<uint32_t>(sum));
+    }
+    if (a.group_size > 0) return;
+    const int32_t sum = kernels.quantize(x, a.k, quantizer, bytes);
+    rows.terms[i].constant = static_cast<int32_t>(half * static_cast<uint32_t>(sum));
 }
 
 // `count` rows from row `begin` of the chunk that starts at row `first` of x.
@@ -92,9 +109,10 @@ Gemm strip(const Linear& a, const Rows& rows, int64_t first, int64_t begin, int6
     gemm.rows = count;
     gemm.run_offsets = run_offset;
     gemm.runs = 1;
-    gemm.run_groups = ceil_div(a.k, group_inputs(a.bits));
+    const int64_t units = ceil_div(a.k, unit_inputs(a.bits));
+    gemm.run_groups = a.group_size == 0 ? units : a.group_size / unit_inputs(a.bits);
     gemm.w = a.w;
-    gemm.block_bytes = gemm.run_groups * kGroupBytes;
+    gemm.block_bytes = units * unit_bytes(a.bits);
     gemm.columns = a.n;
     gemm.w_scale = a.w_scale;
     gemm.w_sum = a.w_sum;
@@ -103,6 +121,11 @@ Gemm strip(const Linear& a, const Rows& rows, int64_t first, int64_t begin, int6
     gemm.terms_stride = 1;
     gemm.y = a.y + (first + begin) * a.n;
     gemm.y_stride = a.n;
+    gemm.scale_groups = scale_groups(a);
+    gemm.constants = rows.constants + begin;
+    gemm.constants_stride = rows.constants_stride;
+    gemm.one_zero = a.dynamic || a.scale_stride == 0;
+    gemm.shifted = !gemm.one_zero || gemm.terms->zero != 0;
     return gemm;
 }
 
@@ -118,24 +141,47 @@ void run_chunk(const Linear& a, const Kernels& kernels, const Rows& rows, int64_
         const int64_t begin = i * kStripRows;
         return strip(a, rows, first, begin, std::min(kStripRows, count - begin), &run_offset);
     };
-    const Work all{ceil_div(count, kStripRows), ceil_div(a.n, kLanes), strip_at(0).block_bytes, a.bits};
+    const auto run = a.group_size > 0 ? kernels.grouped[a.bits == 8 ? 0 : 5 - a.bits]
+                                      : kernels.gemm[a.bits == 8 ? 0 : a.bits == 4 ? 1 : 2];
+    const Work all{ceil_div(count, kStripRows), ceil_div(a.n, kLanes), strip_at(0).block_bytes, run};
     const bool by_blocks = split_by_blocks(all, kernels, threads, count * a.k);
     parallel_for(threads,
                  [&](int index, int team) { run_strips(kernels, all, by_blocks, strip_at, index, team); });
+}
+
+// Unsigned codes of 3 bits: two times four steps of their lower 2 bits, then the third bits. Padding is code -4:
+// its products are never stored.
+void pack_three(const int8_t* codes, int64_t n, int64_t k, uint8_t* out) {
+    const int64_t block_bytes = ceil_div(k, unit_inputs(3)) * unit_bytes(3);
+    std::memset(out, 0, static_cast<size_t>(ceil_div(n, kLanes) * block_bytes));
+    for (int64_t row = 0; row < n; ++row) {
+        uint8_t* lane = out + row / kLanes * block_bytes + row % kLanes * 4;
+        for (int64_t i = 0; i < k; ++i) {
+            const int code = codes[row * k + i] + 4;
+            require(code >= 0 && code < 8, "a weight code does not fit in its bits");
+            uint8_t* unit = lane + i / unit_inputs(3) * unit_bytes(3) + i % 4;
+            const int64_t step = i % unit_inputs(3) / 4;
+            uint8_t& low = unit[step / 4 * kGroupBytes];
+            low = static_cast<uint8_t>(low | (code & 3) << (2 * (step % 4)));
+            uint8_t& third = unit[2 * kGroupBytes];
+            third = static_cast<uint8_t>(third | (code >> 2) << step);
+        }
+    }
 }
 
 }  // namespace
 
 int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k) {
     check_matrix(bits, n, k);
-    return ceil_div(n, kLanes) * ceil_div(k, group_inputs(bits)) * kGroupBytes;
+    return ceil_div(n, kLanes) * ceil_div(k, unit_inputs(bits)) * unit_bytes(bits);
 }
 
 void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out) {
     const int64_t total = linear_layout_bytes(bits, n, k);
     if (total == 0) return;
     require(codes != nullptr && out != nullptr, "null pointer");
-    const int64_t groups = ceil_div(k, group_inputs(bits));
+    if (bits == 3) return pack_three(codes, n, k, out);
+    const int64_t groups = ceil_div(k, unit_inputs(bits));
     const int half = 1 << (bits - 1);
     const int offset = bits == 8 ? 0 : half;
     uint8_t fill = 0;  // the code 0 in every field of a byte
@@ -155,7 +201,7 @@ void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_
             const int code = codes[row * k + i];
             require(code >= -half && code < half, "a weight code does not fit in its bits");
             const int64_t step = i / 4 % (8 / bits);
-            uint8_t& byte = block[i / group_inputs(bits) * kGroupBytes + i % 4];
+            uint8_t& byte = block[i / unit_inputs(bits) * kGroupBytes + i % 4];
             const int cleared = byte & ~(mask << (step * bits));
             byte = static_cast<uint8_t>(cleared | ((code + offset) & mask) << (step * bits));
         }
@@ -167,13 +213,16 @@ void linear(const Linear& a) {
     const Kernels& kernels = bitwright::kernels(a.isa);
     if (a.m == 0 || a.n == 0) return;
     check_rows(a);
-    const int64_t width = round_up(a.k, group_inputs(a.bits));
+    const int64_t width = round_up(a.k, unit_inputs(a.bits));
     // One cache line more than needed: rows at a power of two would share one set of the L1 cache.
     const int64_t stride = round_up(width, 64) + 64;
     const int64_t fitting = round_up(kChunkBytes / stride, kStripRows);
     const int64_t chunk = std::min(a.m, std::max(kStripRows, fitting));
-    Scratch scratch(Scratch::bytes<uint8_t>(chunk * stride) + Scratch::bytes<RowTerms>(chunk));
-    const Rows rows{scratch.take<uint8_t>(chunk * stride), stride, scratch.take<RowTerms>(chunk)};
+    const int64_t constants = chunk * scale_groups(a);
+    Scratch scratch(Scratch::bytes<uint8_t>(chunk * stride) + Scratch::bytes<RowTerms>(chunk) +
+                    Scratch::bytes<int32_t>(constants));
+    const Rows rows{scratch.take<uint8_t>(chunk * stride), stride, scratch.take<RowTerms>(chunk),
+                    scratch.take<int32_t>(constants), chunk};
     for (int64_t first = 0; first < a.m; first += chunk) {
         run_chunk(a, kernels, rows, first, std::min(chunk, a.m - first));
     }

@@ -37,7 +37,8 @@ float one_value(uintptr_t address) {
 
 void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, uintptr_t scale,
                  uintptr_t zero, int64_t rows_per_scale_stride, bool dynamic, int64_t qmin, int64_t qmax,
-                 uintptr_t w, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y, int threads) {
+                 uintptr_t w, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y, int threads,
+                 int64_t group_size) {
     linear({isa,
             bits,
             at<const float>(x),
@@ -54,7 +55,8 @@ void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n
             at<const int32_t>(w_sum),
             at<const float>(bias),
             at<float>(y),
-            threads});
+            threads,
+            group_size});
 }
 
 void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n,
@@ -132,7 +134,16 @@ NB_MODULE(_native, m) {
             pack_linear(at<const int8_t>(codes), bits, n, k, at<uint8_t>(out));
         },
         Release());
-    m.def("linear", &linear_call, Release());
+    m.def(
+        "linear",
+        [](int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, uintptr_t scale, uintptr_t zero,
+           int64_t rows_per_scale_stride, bool dynamic, int64_t qmin, int64_t qmax, uintptr_t w, uintptr_t w_scale,
+           uintptr_t w_sum, uintptr_t bias, uintptr_t y, int threads) {
+            linear_call(isa, bits, x, m, k, n, scale, zero, rows_per_scale_stride, dynamic, qmin, qmax, w, w_scale,
+                        w_sum, bias, y, threads, 0);
+        },
+        Release());
+    m.def("grouped_linear", &linear_call, Release());
     m.def("decoded_layout_bytes", &decoded_layout_bytes);
     m.def(
         "pack_decoded",

@@ -62,6 +62,8 @@ struct Linear {
     const float* bias;     // [n] or null
     float* y;              // [m, n]
     int threads;
+    int64_t group_size;  // inputs that share a scale; then w_scale and w_sum are [ceil(n / 16)][k / group_size][16].
+                         // 0: one scale per output
 };
 
 int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k);

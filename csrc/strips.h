@@ -17,14 +17,12 @@ constexpr int64_t kSlabBytes = 256 << 10;
 // Work below this many multiplications is done before a second thread has woken up.
 constexpr int64_t kSerialWork = 1 << 20;
 
-inline int weight_index(int bits) { return bits == 8 ? 0 : bits == 4 ? 1 : 2; }
-
-// One product: its strips, the blocks of its weights, their size and their width.
+// One product: its strips, the blocks of its weights, their size and the kernel for their width.
 struct Work {
     int64_t strips;
     int64_t blocks;
     int64_t block_bytes;
-    int bits;
+    void (*run)(const Gemm& gemm, const Span& span);
 };
 
 // Whether the threads share the blocks (true) or the strips. Where both are even, the larger operand is the
@@ -50,7 +48,7 @@ void run_strips(const Kernels& kernels, const Work& work, bool by_blocks, const 
         const int64_t end = std::min(cols.end, begin + slab);
         for (int64_t i = rows.begin; i < rows.end; ++i) {
             const Span span{begin, end, cols.end, i - rows.begin, rows.end - rows.begin};
-            kernels.gemm[weight_index(work.bits)](at(i), span);
+            work.run(at(i), span);
         }
     }
 }

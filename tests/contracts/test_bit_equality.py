@@ -42,6 +42,38 @@ def test_trained_linear_equals_shipped(weight: str, input: str) -> None:
         assert unequal_kernels(simulated, hard_inputs(x, simulated)) == []
 
 
+GROUPED_INPUTS = ["int8/token/dynamic", "uint8/token/asym/dynamic", "int8/dynamic", "uint8/asym", "int8", "uint4/asym"]
+
+
+@pytest.mark.parametrize("input", GROUPED_INPUTS)
+@pytest.mark.parametrize("weight", ["int8/group32", "int4/group32", "int4/group128", "int3/group64", "ternary/group16"])
+def test_trained_linear_with_groups_equals_shipped(weight: str, input: str) -> None:
+    for outputs, shape in ((7, (6,)), (37, (2, 3))):
+        layer = nn.Linear(384, outputs)
+        x = torch.randn(*shape, 384)
+        simulated = trained(calibrated(layer, layer_plan(layer, weight, input), [x]), [x])
+        assert simulated.weight_quantizer.scale.shape[1] == 384 // int(weight.split("group")[1])
+        assert unequal_kernels(simulated, hard_inputs(x, simulated)) == []
+
+
+@pytest.mark.parametrize("weight", ["int4/group6", "int3/group12", "int4/group384", "int8/group1024"])
+def test_trained_linear_with_unusual_groups_equals_shipped(weight: str) -> None:
+    layer = nn.Linear(2048 if "1024" in weight else 384, 9, bias=False)
+    x = torch.randn(5, layer.in_features)
+    for input in ("int8/token/dynamic", "uint8/asym"):
+        simulated = trained(calibrated(layer, layer_plan(layer, weight, input), [x]), [x])
+        assert unequal_kernels(simulated, hard_inputs(x, simulated)) == []
+
+
+def test_training_with_groups_moves_weights_and_scales() -> None:
+    layer, x = nn.Linear(64, 5), torch.randn(6, 64)
+    simulated = calibrated(layer, layer_plan(layer, "int4/group32", "int8/token/dynamic"), [x])
+    before = {name: value.clone() for name, value in simulated.state_dict().items()}
+    after = trained(simulated, [x]).state_dict()
+    for name in ("weight", "bias", "weight_quantizer.scale"):
+        assert not torch.equal(before[name], after[name]), name
+
+
 def test_linear_takes_one_sample_without_a_batch_axis() -> None:
     layer = nn.Linear(19, 7, bias=False)
     x = torch.randn(5, 19)

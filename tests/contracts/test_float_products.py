@@ -1,4 +1,4 @@
-"""Contract C3: with float inputs or grouped weights the codes are exact, and the sum is the backend's own."""
+"""Contract C3: with float inputs the codes are exact, and the sum is the backend's own."""
 
 from __future__ import annotations
 

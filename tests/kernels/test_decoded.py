@@ -51,7 +51,7 @@ def test_products_are_those_of_the_decoded_weight(text: str, isa: str, m: int, n
 
 def test_the_table_takes_it_for_float_inputs_and_groups_and_not_for_integers() -> None:
     features = cpu.cpu_features()
-    uint8, grouped = QuantSpec.parse("uint8/asym"), QuantSpec.parse("int4/group32")
+    uint8, grouped = QuantSpec.parse("uint8/asym"), QuantSpec.parse("int4/asym/group32")
     best = f"linear/decode/{ISAS[-1]}"
     assert table.select("linear", grouped, None, (16, 64), features).name == best
     assert table.select("linear", grouped, uint8, (16, 64), features).name == best
@@ -60,7 +60,7 @@ def test_the_table_takes_it_for_float_inputs_and_groups_and_not_for_integers() -
 
 
 def test_inputs_with_codes_are_decoded_first() -> None:
-    spec, uint8 = QuantSpec.parse("int4/group32"), QuantSpec.parse("uint8/asym/dynamic")
+    spec, uint8 = QuantSpec.parse("int4/asym/group32"), QuantSpec.parse("uint8/asym/dynamic")
     weight, x = quantize(torch.randn(16, 64), spec), torch.randn(3, 64)
     kernel = table.select("linear", spec, uint8, (16, 64), cpu.cpu_features())
     other = table.select("linear", spec, uint8, (16, 64), frozenset())

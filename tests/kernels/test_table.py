@@ -82,7 +82,8 @@ def test_every_row_has_its_own_name_and_can_be_reached() -> None:
     assert all(kernel.name.split("/")[0] == kernel.op for kernel in KERNELS)
     assert {need for kernel in KERNELS for need in kernel.requires} <= ALL
     reached = {chosen(op, weight, input, f, (8, 16)) for op in {kernel.op for kernel in KERNELS}
-               for weight in ("int8", "fp16") for input in ("int8", None) for f in SUBSETS.values()}  # fmt: skip
+               for weight in ("int8", "int8/group8", "fp16") for input in ("int8", None)
+               for f in SUBSETS.values()}  # fmt: skip
     assert reached == set(names)
 
 
@@ -90,8 +91,11 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
     reasons = explain("linear", QuantSpec.parse("int8/channel"), spec("uint8/asym"), (8, 16), SUBSETS["avx2"])
     assert reasons == [
         ("linear/avx512_vnni", "needs avx512_vnni"),
+        ("linear/groups/avx512_vnni", "needs avx512_vnni"),
         ("linear/avx2", "taken"),
+        ("linear/groups/avx2", "needs several scales per output"),
         ("linear/portable", "comes after linear/avx2"),
+        ("linear/groups/portable", "needs several scales per output"),
         ("linear/reference", "comes after linear/avx2"),
         ("linear/decode/avx512_vnni", "needs avx512_vnni"),
         ("linear/decode/avx2", "comes after linear/avx2"),
@@ -105,7 +109,12 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
     reasons = dict(explain("linear", QuantSpec.parse("nf4/channel"), spec("int8"), (8, 16), ALL))
     assert reasons["linear/avx2"] == "needs integer formats of at most 8 bits"
     reasons = dict(explain("linear", QuantSpec.parse("int8/group8"), spec("int8"), (8, 16), ALL))
-    assert reasons["linear/avx2"] == "needs symmetric weights with one scale per tensor or channel"
+    assert reasons["linear/avx2"] == "needs symmetric weights with one scale per tensor or output"
+    assert reasons["linear/groups/avx512_vnni"] == "taken"
+    reasons = dict(explain("linear", QuantSpec.parse("int8/group8/asym"), spec("int8"), (8, 16), ALL))
+    assert reasons["linear/reference"] == "needs symmetric weights with scales per tensor, channel or group"
+    reasons = dict(explain("conv", QuantSpec.parse("int8/group8"), spec("int8"), (8, 16, 3, 3), ALL))
+    assert reasons["conv/avx2"] == "groups need a 2-d weight"
 
 
 def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
@@ -124,7 +133,8 @@ def test_an_operator_without_a_row_is_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_rows_take_inputs_of_any_float_type_and_compute_in_float32(kernel, dtype) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
-    weight = quantize(torch.randn(5, 12, generator=generator), QuantSpec.parse("int8/channel"))
+    text = "int8/group4" if "groups" in kernel.name else "int8/channel"
+    weight = quantize(torch.randn(5, 12, generator=generator), QuantSpec.parse(text))
     x = torch.randn(3, 12, generator=generator).half()  # exact in all three types
     input = Activation(QuantSpec.parse("uint8/asym"), QParams(torch.tensor([0.02]), torch.tensor([120.0])))
     expected = kernel.run(x.float(), kernel.pack(weight, 1), weight.spec, None, input)

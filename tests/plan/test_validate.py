@@ -51,6 +51,7 @@ GOOD = {"linear.weight": "int8/channel", "linear.input": "uint8/asym"}
     [
         GOOD,
         {"linear.weight": "int4/group32", "linear.input": "float"},
+        {"linear.weight": "int4/group32", "linear.input": "int8/token/dynamic"},
         {"linear.weight": "int4/group32"},  # a site that is not mentioned stays float
         {"embedding.weight": "int8/channel"},
         {"linear.weight": "nf4/group32/scale(int8/group32)"},
@@ -139,8 +140,8 @@ REFUSED = {
         r"one of \[48, 32, 24, 16, 8\] as the group size, or set the site to 'float'",
     ),
     "pair without a kernel": (
-        {"linear.weight": "int4/group32", "linear.input": "uint8/asym"},
-        r"linear: target cpu has no linear kernel for weight int4/group32 with input uint8/asym; it has weight "
+        {"linear.weight": "int4/group32/asym", "linear.input": "uint8/asym"},
+        r"linear: target cpu has no linear kernel for weight int4/group32/asym with input uint8/asym; it has weight "
         r"int\[2-8\].* with input int\[2-8\].*; weight int\[2-8\]\*.* with input float",
     ),
     "input alone": (

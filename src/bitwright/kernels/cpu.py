@@ -42,7 +42,8 @@ BEST_ISA = max((ISA[name] for name in _FEATURES if name in ISA), default=ISA["po
 def pack_linear(codes: Tensor, bits: int) -> Tensor:
     """Lay out weight codes ``[n, k]`` (int8, within ``bits``) for ``bitwright::linear``: uint8 ``[bytes]``.
 
-    ``bits`` is 8, 4 or 2. Rows are padded to 16, inputs to 4, 8 or 16; codes out of range raise KernelError.
+    ``bits`` is 8, 4 or 2; 3 for ``bitwright::grouped_linear``. Rows are padded to 16, inputs to 4, 8, 16 or 32; codes
+    out of range raise KernelError.
     """
     _require_native()
     codes = _weight_codes(codes, 2)
@@ -69,22 +70,15 @@ def pack_conv(codes: Tensor, groups: int) -> Tensor:
 
 
 def _linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bits: int,
-    qmin: int,
-    qmax: int,
-    isa: int,
-) -> Tensor:
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, bias: Tensor | None, scale: Tensor | None,
+    zero_point: Tensor | None, bits: int, qmin: int, qmax: int, isa: int,
+) -> Tensor:  # fmt: skip
     _require_native()
     _check_floats(x, "x")
     if x.dim() == 0:
         raise KernelError("linear: x needs at least one dimension")
+    if bits == 3:
+        raise KernelError("linear: codes of 3 bits are read with a scale per group only; pack them with 4 bits")
     n, k = weight_scale.numel(), x.shape[-1]
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)

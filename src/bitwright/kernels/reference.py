@@ -2,7 +2,8 @@
 
 Integer products are exact. Codes are integers held in float32, so a float32 sum is exact while it cannot exceed 2**24;
 beyond that the reduction is split into blocks that are exact each, and their sum is rounded once, which is what
-converting an int32 accumulator to float32 does. The epilogue has one order: ``acc * (s_x * s_w) + bias``.
+converting an int32 accumulator to float32 does. The epilogue has one order: ``acc * (s_x * s_w) + bias``. Weights with
+several scales per output have a sum per group: ``(sum_g acc_g * s_w_g) * s_x + bias``, groups in order.
 """
 
 from __future__ import annotations
@@ -88,17 +89,31 @@ def not_integers(weight: QuantSpec, input: QuantSpec | None) -> str:
         return "needs an integer input"
     if not all(spec.format.is_integer and spec.format.bits <= 8 for spec in (weight, input)):
         return "needs integer formats of at most 8 bits"
-    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel"):
-        return "needs symmetric weights with one scale per tensor or channel"
+    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel", "group"):
+        return "needs symmetric weights with scales per tensor, channel or group"
     return "needs scales in float32" if weight.scale is not None else ""
 
 
 def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
-    """Integer linear layer ``[..., k] x [n, k] -> [..., n]`` in float32."""
+    """Integer linear layer ``[..., k] x [n, k] -> [..., n]`` in float32; scales of weights are ``[1]`` or ``[n, g]``."""
+    if weight.scale.numel() > len(weight.values):
+        out = _grouped_linear(x, weight)
+        return out if bias is None else out + bias
     limit = x.limit * weight.limit * x.values.shape[-1]
     acc = _exact(F.linear, x.values, weight.values, limit, axis=-1)
     out = acc * (x.scale * weight.scale.view(-1))
     return out if bias is None else out + bias
+
+
+def _grouped_linear(x: Codes, weight: Codes) -> Tensor:
+    """``(sum_g acc_g * s_w[:, g]) * s_x``: a product is rounded, then the sum; no fused multiply-add."""
+    size = weight.values.shape[1] // weight.scale.shape[1]
+    limit = x.limit * weight.limit * size
+    groups = zip(x.values.split(size, -1), weight.values.split(size, 1), weight.scale.unbind(1), strict=True)
+    total = x.values.new_zeros(())
+    for values, filters, scale in groups:
+        total = total + _exact(F.linear, values, filters, limit, axis=-1) * scale
+    return total * x.scale
 
 
 def conv2d(x: Codes, weight: Codes, bias: Tensor | None, geometry: Geometry) -> Tensor:

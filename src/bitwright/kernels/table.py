@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.errors import KernelError
-from bitwright.kernels import cpu, decoded, reference
+from bitwright.kernels import cpu, decoded, grouped, reference
 from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code, not_integers, row_qparams
 from bitwright.numerics.affine import decode, live_qparams, simulate
 from bitwright.numerics.qtensor import QTensor
@@ -59,10 +59,14 @@ class Kernel:
 
 
 def _integers_only(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
+    if weight.granularity.kind == "group" and len(shape) != 2:
+        return "groups need a 2-d weight"
     return not_integers(weight, input)
 
 
 def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
+    if weight.granularity.kind == "group" and weight.granularity.size < shape[-1]:
+        return "needs symmetric weights with one scale per tensor or output"
     reduction = int(torch.Size(shape[1:]).numel())
     if reduction > _LARGEST_K:
         return f"sums of {reduction} products may overflow int32"
@@ -98,14 +102,36 @@ def _per_output(weight: QTensor) -> Tensor:
 def _run_native_linear(
     isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation
 ) -> Tensor:
+    fmt = input.spec.format
+    return torch.ops.bitwright.linear(
+        x.float(), packed.layout, packed.scale, packed.sums, bias, *_encoding(x, input),
+        _layout_bits(weight), fmt.qmin, fmt.qmax, isa,
+    )  # fmt: skip
+
+
+def _encoding(x: Tensor, input: Activation) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and zero point for the native linear kernels, which find a symmetric scale per token themselves."""
     spec, qparams = input
     live_in_kernel = spec.dynamic and spec.symmetric and spec.granularity.kind == "token"
     if qparams is None and not live_in_kernel:
         qparams = live_qparams(x, spec)
-    scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
-    return torch.ops.bitwright.linear(
-        x.float(), packed.layout, packed.scale, packed.sums, bias, scale, zero_point,
-        _layout_bits(weight), spec.format.qmin, spec.format.qmax, isa,
+    return (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
+
+
+def _pack_grouped(weight: QTensor, groups: int) -> Packed:
+    layout, scale, sums = grouped.pack(weight)
+    outputs = torch.empty(weight.shape[0], 0)  # no values: its shape says what padding hides
+    return Packed(layout, scale, sums=sums, codebook=outputs)
+
+
+def _run_grouped(
+    isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation
+) -> Tensor:
+    assert packed.codebook is not None
+    fmt = input.spec.format
+    return torch.ops.bitwright.grouped_linear(
+        x.float(), packed.layout, packed.scale, packed.sums, bias, *_encoding(x, input), packed.codebook.shape[0],
+        weight.granularity.size, grouped.layout_bits(weight), fmt.qmin, fmt.qmax, isa,
     )  # fmt: skip
 
 
@@ -244,6 +270,8 @@ def _native_rows(isa: str) -> list[Kernel]:
     return [
         Kernel(f"linear/{isa}", "linear", needs, "16-row blocks of 8, 4 or 2 bits", _native_integers,
                _pack_linear, partial(_run_native_linear, number)),
+        Kernel(f"linear/groups/{isa}", "linear", needs, "16-row blocks of 8, 4, 3 or 2 bits", grouped.refuses,
+               _pack_grouped, partial(_run_grouped, number)),
         Kernel(f"conv/{isa}", "conv", needs, "16-row blocks of 8 bits", _native_integers,
                _pack_conv, partial(_run_native_conv, number)),
     ]  # fmt: skip

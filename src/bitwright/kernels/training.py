@@ -45,6 +45,7 @@ def serves(x: Tensor, weight: Tensor, x_spec: QuantSpec, w_spec: QuantSpec) -> b
     return (
         cpu.native is not None
         and not not_integers(w_spec, x_spec)
+        and (w_spec.granularity.kind != "group" or w_spec.granularity.size >= weight.shape[-1])
         and w_spec.format.qmin < 0
         and x.device.type == weight.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32

@@ -66,7 +66,7 @@ def quantizer_name(slot: str) -> str:
 
 
 def integer_product(weight: Quantizer | None, input: Quantizer | None) -> bool:
-    """Whether two operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
+    """Whether two operands are integer codes that are multiplied as such (contract C2); else they are decoded."""
     return weight is not None and input is not None and not reference.not_integers(weight.spec, input.spec)
 
 
@@ -107,7 +107,7 @@ class QLayer(Simulated):
 
     @property
     def integer_product(self) -> bool:
-        """Whether both operands are integer codes whose scales leave the sum (contract C2); else they are decoded."""
+        """Whether both operands are integer codes that are multiplied as such (contract C2); else they are decoded."""
         return integer_product(self.weight_quantizer, self.input_quantizer)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +144,7 @@ class QLayer(Simulated):
     def on_grid(self, bias: Tensor | None) -> Tensor | None:
         """The bias as an integer runtime holds it: a multiple of ``s_x * s_w``, the step of the accumulator.
 
-        Layers whose input scale is not known before the call keep their float bias.
+        Layers whose input scale is not known before the call, or whose sums have several scales, keep their float bias.
         """
         weight, input = self.weight_quantizer, self.input_quantizer
         if bias is None or not self.integer_product or weight is None or input is None or input.spec.dynamic:
@@ -152,6 +152,8 @@ class QLayer(Simulated):
         step_w, step_x = weight.qparams, input.qparams
         assert step_w is not None
         assert step_x is not None
+        if step_w.scale.numel() > len(bias):
+            return bias
         step = step_x.scale * step_w.scale.view(-1)
         return round_ste(bias / step) * step
 
