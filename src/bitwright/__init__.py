@@ -21,6 +21,9 @@ from bitwright.numerics.qtensor import QTensor, dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
+from bitwright.search.budget import Budget
+from bitwright.search.mixed import mixture, with_allocation
+from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
 
@@ -30,6 +33,7 @@ __all__ = [
     "Add",
     "Attention",
     "BitwrightError",
+    "Budget",
     "Cat",
     "MatMul",
     "Measurement",
@@ -50,6 +54,7 @@ __all__ = [
     "load",
     "load_weights",
     "measure",
+    "mixture",
     "paired_drop",
     "param_groups",
     "prepare",
@@ -58,5 +63,7 @@ __all__ = [
     "record",
     "register_module",
     "save",
+    "sensitivity",
     "train",
+    "with_allocation",
 ]

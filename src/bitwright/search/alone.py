@@ -1,0 +1,139 @@
+"""One site quantized, everything else in float: for weights by the line itself, for activations by a hook."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.algorithms.pipeline import calibrate
+from bitwright.errors import SearchError
+from bitwright.flow.prepare import prepare
+from bitwright.nn.layer import QLayer, Simulated
+from bitwright.nn.norm import factor_of
+from bitwright.nn.quantizer import Quantizer, Stage
+from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.plan import Plan
+from bitwright.plan.site import Site
+
+Forward = Callable[[nn.Module, Any], Any]
+
+_ARGUMENTS = {"query": 0, "key": 1, "value": 2}
+
+
+def sharing(plan: Plan, leader: Site) -> list[Site]:
+    """The sites that share the quantizer of ``leader``, it included."""
+    return [leader, *(site for site, other in plan.shared.items() if other == leader)]
+
+
+def weight_alone(
+    model: nn.Module, plan: Plan, site: Site, spec: str, batches: Sequence[Any], forward: Forward
+) -> nn.Module:
+    """A calibrated copy in which only the weight at ``site`` has a spec, with the steps of the plan."""
+    prepared = _prepared_alone(model, plan, site, spec)
+    calibrate(prepared, batches, forward=forward)
+    return prepared
+
+
+def _prepared_alone(model: nn.Module, plan: Plan, site: Site, spec: str) -> nn.Module:
+    chosen = sharing(plan, site)
+    sites = {other: QuantSpec.parse(spec) if other in chosen else None for other in plan.sites}
+    return prepare(model, replace(plan, sites=sites).with_sites({}))
+
+
+@torch.no_grad()
+def weight_change(
+    model: nn.Module, plan: Plan, site: Site, spec: str, batches: Sequence[Any], forward: Forward
+) -> Tensor:
+    """What `weight_alone` changes at the parameter of ``site``, in its own shape; a batch norm is divided out again."""
+    floats = [step.name for step in plan.steps if step.method.moment == "float"]
+    if floats:
+        raise SearchError(
+            f"step {floats[0]} rescales weights, so their change is no rounding error; measure 'kl' or 'loss'"
+        )
+    prepared = _prepared_alone(model, plan, site, spec)
+    module = prepared.get_submodule(site.path)
+    assert isinstance(module, Simulated)
+    before = module.quantized_weights()[site.slot].clone()
+    factor = factor_of(module.norm[0]) if isinstance(module, QLayer) and module.norm else None
+    calibrate(prepared, batches, forward=forward)
+    quantizer = module.quantizer(site.slot)
+    assert quantizer is not None
+    change = quantizer.simulate(module.quantized_weights()[site.slot]) - before
+    if factor is not None:
+        factor = factor.view(-1, *[1] * (change.dim() - 1)).float()
+        change = torch.where(factor == 0, 0.0, change / factor)
+    return module.from_rows(change)
+
+
+class Activations:
+    """A model in float whose activations can be looked at and quantized one by one; ranges are from ``batches``."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, wanted: Sequence[tuple[Site, str]], batches: Sequence[Any], forward: Forward
+    ) -> None:
+        self.plan, self.model = plan, prepare(model, replace(plan, steps=())).eval()
+        self.quantizers = {(site, text): self._quantizer(site, text) for site, text in wanted if not site.is_weight}
+        with torch.no_grad():
+            for quantizer in self.quantizers.values():
+                quantizer.stage = Stage.OBSERVE
+            sites = list(dict.fromkeys(site for site, _ in self.quantizers))
+            with self.at(sites, self._observe):
+                for batch in batches if sites else ():
+                    forward(self.model, batch)
+            for quantizer in self.quantizers.values():
+                quantizer.finish()
+
+    @contextmanager
+    def alone(self, site: Site, spec: str) -> Iterator[nn.Module]:
+        """The model with only this activation quantized."""
+        quantizer = self.quantizers[site, spec]
+        with self.at([site], lambda _, x: quantizer.simulate(x)):
+            yield self.model
+
+    @contextmanager
+    def at(self, sites: Sequence[Site], function: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside the block ``function`` sees each of these activations, and may return what takes its place."""
+        hooks = []
+        for leader in sites:
+            for site in sharing(self.plan, leader):
+                module = self.model.get_submodule(site.path)
+                hooks.append(module.register_forward_pre_hook(_replacing(_argument(site), leader, function)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _quantizer(self, site: Site, text: str) -> Quantizer:
+        _argument(site)
+        return Quantizer(str(site), QuantSpec.parse(text), None, self.plan.observer(site)).eval()
+
+    def _observe(self, site: Site, x: Tensor) -> None:
+        for (other, _), quantizer in self.quantizers.items():
+            if other == site:
+                quantizer.observe(x)
+
+
+def _argument(site: Site) -> int:
+    """Which positional argument of its module an activation is."""
+    if match := re.fullmatch(r"input(?:\.(\d+))?", site.slot):
+        return int(match[1] or 0)
+    if site.slot not in _ARGUMENTS:
+        raise SearchError(f"{site} lies inside its module; the harm of such an activation alone is not measured")
+    return _ARGUMENTS[site.slot]
+
+
+def _replacing(place: int, site: Site, function: Callable[[Site, Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if len(args) <= place or not isinstance(args[place], Tensor):
+            raise SearchError(f"{site}: {type(module).__name__} got no tensor as positional argument {place}")
+        new = function(site, args[place])
+        return None if new is None else (*args[:place], new, *args[place + 1 :])
+
+    return hook

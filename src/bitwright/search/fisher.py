@@ -1,0 +1,108 @@
+"""Harm by the diagonal of the Fisher matrix: one backward pass per sample serves every spec of every site.
+
+``1/2 E sum_i g_i^2 d_i^2`` with the gradient g of one sample's loss and the change d that rounding makes: the second
+order of the loss where its gradient is 0 on average, the Hessian replaced by the diagonal of ``E g g^T``. Squaring the
+gradient of a batch instead would be wrong by about its size, so samples are taken one by one. Without a loss a class is
+drawn from the model's own softmax (true Fisher); changes of neighbouring weights that cancel are not seen to cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bitwright.errors import SearchError
+from bitwright.plan.plan import Plan
+from bitwright.plan.site import Site
+from bitwright.search.alone import Activations, Forward, weight_change
+
+Todo = Sequence[tuple[Site, str]]
+
+
+def harms(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    todo: Todo,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    forward: Forward,
+) -> Iterator[tuple[Site, str, Tensor]]:
+    """One value per batch for each site and spec; ``loss`` is the mean over items, called with batches of one."""
+    held = Activations(model, plan, todo, batches, forward)
+    held.model.requires_grad_(True)
+    weights = {site: held.model.get_submodule(site.path).get_parameter(site.slot) for site, _ in todo if site.is_weight}
+    squares = {site: torch.zeros(len(batches), *weight.shape) for site, weight in weights.items()}
+    hidden = {key: torch.zeros(len(batches), dtype=torch.float64) for key in held.quantizers}
+    generator = torch.Generator().manual_seed(0)
+    for index, batch in enumerate(batches):
+        items = samples_of(batch)
+        for item in items:
+            seen = _backward(held, item, lambda m, x: _loss(m, x, loss, forward, generator))
+            for site, weight in weights.items():
+                if weight.grad is not None:
+                    squares[site][index] += weight.grad.square() / len(items)
+            for (site, text), quantizer in held.quantizers.items():
+                for x in seen.get(site, ()):
+                    assert x.grad is not None
+                    change = quantizer.simulate(x.detach()) - x.detach()
+                    hidden[site, text][index] += 0.5 * (x.grad * change).square().sum().item() / len(items)
+    for site, text in todo:
+        if site.is_weight:
+            change = weight_change(model, plan, site, text, batches, forward)
+            yield site, text, 0.5 * (squares[site].double() * change.double().square()).flatten(1).sum(1)
+        else:
+            yield site, text, hidden[site, text]
+
+
+def samples_of(batch: Any) -> list[Any]:
+    """A batch as batches of one item: every tensor is cut along its first axis.
+
+    >>> samples_of((torch.zeros(2, 3), torch.tensor([5, 6])))[1]
+    (tensor([[0., 0., 0.]]), tensor([6]))
+    """
+    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
+    if len(sizes) != 1:
+        raise SearchError(f"tensors of a batch must have one first axis, its items; found lengths {sorted(sizes)}")
+    cut = [
+        tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.dim() else x, batch) for i in range(*sizes)
+    ]
+    return cut
+
+
+def _backward(held: Activations, item: Any, loss: Callable[[nn.Module, Any], Tensor]) -> dict[Site, list[Tensor]]:
+    """Gradients of one item; returns the activations, which hold theirs."""
+    seen: dict[Site, list[Tensor]] = {}
+
+    def keep(site: Site, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        x.retain_grad()
+        if not any(x is other for other in seen.setdefault(site, [])):
+            seen[site].append(x)
+        return x
+
+    held.model.zero_grad()
+    with torch.enable_grad(), held.at(list(dict.fromkeys(site for site, _ in held.quantizers)), keep):
+        loss(held.model, item).backward()
+    return {site: [x for x in tensors if x.grad is not None] for site, tensors in seen.items()}
+
+
+def _loss(
+    model: nn.Module,
+    item: Any,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    forward: Forward,
+    generator: torch.Generator,
+) -> Tensor:
+    if loss is not None:
+        return loss(model, item)
+    logits = [x for x in tree_leaves(forward(model, item)) if isinstance(x, Tensor) and x.is_floating_point()]
+    total = torch.zeros(())
+    for rows in (x.flatten(0, -2) for x in logits):
+        drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
+        total = total + F.cross_entropy(rows, drawn)
+    return total

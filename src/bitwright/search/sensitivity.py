@@ -1,0 +1,257 @@
+"""`sensitivity`: the harm that each spec does at each site, alone, everything else in float.
+
+A weight is quantized by the line itself: a model is prepared and calibrated in which only that site has a spec, with
+the steps of the plan, so that the harm is that of the rounding which will be used. An activation is replaced on its way
+into its module. The result is one small file, which can be read, edited, and continued after a kill.
+
+======== ========================================================================= ========= =================
+method   harm                                                                      unit      needs
+======== ========================================================================= ========= =================
+loss     rise of the user's loss                                                   of loss   ``loss``
+kl       ``KL(float || quantized)`` of the softmax of the outputs, in float64      nats
+sqnr     noise power of the outputs over signal power                              ratio
+fisher   ``1/2 E sum g^2 d^2``: gradients of single samples, change d of the site  of loss   one backward pass
+======== ========================================================================= ========= =================
+
+``loss`` and ``kl`` are measured, ``sqnr`` and ``fisher`` are proxies: see `agreement`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from bitwright.errors import SearchError
+from bitwright.graph.dataflow import call, evaluating
+from bitwright.numerics.spec import QuantSpec
+from bitwright.plan.plan import Plan
+from bitwright.plan.site import Site, matching
+from bitwright.search import fisher
+from bitwright.search.alone import Activations, Forward, weight_alone
+from bitwright.search.digest import digest
+
+METHODS = {"loss": "of the loss", "kl": "nats", "sqnr": "noise power over signal power", "fisher": "of the loss"}
+MEASURED = ("loss", "kl")
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Specs = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """Harm of one spec at one site, the mean over batches, and its standard error."""
+
+    site: str
+    spec: str
+    harm: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Harm per site and spec, and what it was measured with: ``data`` and ``plan`` are digests.
+
+    ``rank`` is the Spearman correlation with measured harm where that was looked at (`agreement`).
+    """
+
+    method: str
+    unit: str
+    data: str
+    plan: str
+    batches: int
+    rows: tuple[Harm, ...] = ()
+    rank: float | None = None
+
+    @property
+    def table(self) -> dict[tuple[str, str], Harm]:
+        """Rows by site and spec."""
+        return {(row.site, row.spec): row for row in self.rows}
+
+    @property
+    def sites(self) -> dict[str, list[str]]:
+        """The specs of each site, in the order they were asked for."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.site, []).append(row.spec)
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file (to a temporary name first, then renamed)."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        head = {key: value for key, value in asdict(self).items() if key != "rows"}
+        lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in self.rows)
+        part.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sensitivity:
+        """Read the file; raises `SearchError` that names it when it is damaged."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = tuple(Harm(**row) for row in data.pop("rows"))
+            found = cls(**data, rows=rows)
+            if not all(math.isfinite(row.harm) and math.isfinite(row.error) for row in rows):
+                raise ValueError("a harm is no number")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as cause:
+            raise SearchError(f"cannot read sensitivity {path}: {cause}; delete the file to measure anew") from cause
+        return found
+
+
+def sensitivity(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    specs: Specs,
+    *,
+    method: str = "kl",
+    loss: Loss | None = None,
+    forward: Forward = call,
+    work: str | Path | None = None,
+    say: Callable[[Harm], None] = lambda row: None,
+) -> Sensitivity:
+    """Harm of each of ``specs`` at the sites that its pattern selects, alone; ``plan`` gives observers, folds, steps.
+
+    ``model`` is the float model, ``loss(model, batch)`` the mean over the items of a batch. Sites that share a
+    quantizer count as one, under the name of their leader. With ``work`` rows are written there one by one, and the
+    same call goes on after the last. Raises `SearchError` for fewer than two batches (no standard error), an unknown
+    method, a loss that is missing or not finite, activations that are not a positional argument of their module, and a
+    file of another search.
+    """
+    batches = list(batches)
+    _check(method, loss, batches)
+    wanted = [(site, text) for site, texts in _wanted(plan, specs).items() for text in texts]
+    blank = Sensitivity(method, METHODS[method], digest(batches), digest(plan.to_toml()), len(batches))
+    found = _resumed(blank, work)
+    todo = [(site, text) for site, text in wanted if (str(site), text) not in found.table]
+    with evaluating(model):
+        measure = fisher.harms if method == "fisher" else _Measured(method).harms
+        for site, text, values in measure(model, plan, batches, todo, loss, forward) if todo else ():
+            row = _row(site, text, values)
+            found = replace(found, rows=(*found.rows, row))
+            say(row)
+            if work is not None:
+                found.save(work)
+    table = found.table
+    return replace(found, rows=tuple(table[str(site), text] for site, text in wanted))
+
+
+def _check(method: str, loss: Loss | None, batches: list[Any]) -> None:
+    if method not in METHODS:
+        raise SearchError(f"method is one of {', '.join(METHODS)}; got {method!r}")
+    if method == "loss" and loss is None:
+        raise SearchError("method 'loss' needs loss(model, batch); without labels use method 'kl'")
+    if len(batches) < 2:
+        raise SearchError(f"a standard error needs at least 2 batches, got {len(batches)}; split the data")
+
+
+def _wanted(plan: Plan, specs: Specs) -> dict[Site, list[str]]:
+    """Specs in their canonical spelling, by the leader of the sites that share a quantizer."""
+    found: dict[Site, list[str]] = {}
+    for pattern, texts in specs.items():
+        for site in matching(pattern, plan.sites):
+            leader = plan.shared.get(site, site)
+            found[leader] = list(dict.fromkeys(str(QuantSpec.parse(text)) for text in texts))
+    return found
+
+
+def _resumed(blank: Sensitivity, work: str | Path | None) -> Sensitivity:
+    if work is None or not Path(work).exists():
+        return blank
+    found = Sensitivity.load(work)
+    for name in ("method", "data", "plan", "batches"):
+        was, now = getattr(found, name), getattr(blank, name)
+        if was != now:
+            raise SearchError(f"{work} has other {name}: it was {was}, now {now}; choose another file")
+    return found
+
+
+def _row(site: Site, text: str, values: Tensor) -> Harm:
+    if not values.isfinite().all():
+        raise SearchError(f"{site} as {text}: the harm is not finite on some batch; look at the loss and at the data")
+    return Harm(str(site), text, values.mean().item(), values.std().item() / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Methods that run each candidate on all batches."""
+
+    method: str
+
+    def harms(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        batches: Sequence[Any],
+        todo: Sequence[tuple[Site, str]],
+        loss: Loss | None,
+        forward: Forward,
+    ) -> Iterator[tuple[Site, str, Tensor]]:
+        """One value per batch for each site and spec."""
+        see = self._loss(loss) if self.method == "loss" else _outputs(forward)
+        compare = {"loss": _rise, "sqnr": _noise, "kl": _divergence}[self.method]
+        with torch.no_grad():
+            base = [see(model, batch) for batch in batches]
+            hidden = [(site, text) for site, text in todo if not site.is_weight]
+            activations = Activations(model, plan, hidden, batches, forward) if hidden else None
+            for site, text in todo:
+                with _alone(model, plan, site, text, batches, forward, activations) as changed:
+                    values = [compare(b, see(changed, batch)) for b, batch in zip(base, batches, strict=True)]
+                yield site, text, torch.tensor(values, dtype=torch.float64)
+
+    def _loss(self, loss: Loss | None) -> Callable[[nn.Module, Any], list[Tensor]]:
+        assert loss is not None
+        return lambda model, batch: [loss(model, batch).detach().double()]
+
+
+@contextmanager
+def _alone(
+    model: nn.Module,
+    plan: Plan,
+    site: Site,
+    text: str,
+    batches: Sequence[Any],
+    forward: Forward,
+    held: Activations | None,
+) -> Iterator[nn.Module]:
+    if held is None or site.is_weight:
+        yield weight_alone(model, plan, site, text, batches, forward).eval()
+    else:
+        with held.alone(site, text) as changed:
+            yield changed
+
+
+def _outputs(forward: Forward) -> Callable[[nn.Module, Any], list[Tensor]]:
+    def see(model: nn.Module, batch: Any) -> list[Tensor]:
+        leaves = tree_leaves(forward(model, batch))
+        return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    return see
+
+
+def _rise(before: list[Tensor], after: list[Tensor]) -> float:
+    return (after[0] - before[0]).item()
+
+
+def _noise(before: list[Tensor], after: list[Tensor]) -> float:
+    noise = sum((a - b).square().sum().item() for a, b in zip(before, after, strict=True))
+    return noise / max(sum(b.square().sum().item() for b in before), 1e-300)
+
+
+def _divergence(before: list[Tensor], after: list[Tensor]) -> float:
+    """Mean over items (all axes but the last) of KL of the softmaxes, summed over outputs."""
+    total = 0.0
+    for old, new in zip(before, after, strict=True):
+        p, q = (F.log_softmax(x.flatten(0, -2), -1) for x in (old, new))
+        total += F.kl_div(q, p, reduction="batchmean", log_target=True).item()
+    return total
