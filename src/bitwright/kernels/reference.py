@@ -95,7 +95,7 @@ def not_integers(weight: QuantSpec, input: QuantSpec | None) -> str:
 
 
 def linear(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
-    """Integer linear layer ``[..., k] x [n, k] -> [..., n]`` in float32; scales of weights are ``[1]`` or ``[n, g]``."""
+    """Integer linear layer ``[..., k] x [n, k] -> [..., n]`` in float32; weight scales are ``[1]`` or ``[n, g]``."""
     if weight.scale.numel() > len(weight.values):
         out = _grouped_linear(x, weight)
         return out if bias is None else out + bias
