@@ -17,6 +17,13 @@ from bitwright.numerics.ste import Learning, codes_with_gradient
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="no native kernels here")
 
+GROUPED = [
+    ("int4/group8", "uint8/asym", "lsq"),
+    ("int8/group20", "int8", "none"),
+    ("int3/group4", "uint4/asym", "lsq+"),
+    ("int4/group20", "int8/token/dynamic", "lsq"),
+    ("int4/group40", "int8/token/dynamic", "lsq"),
+]
 GEOMETRIES = {
     "3x3": (Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1), (4, 8, 9, 7), (6, 8, 3, 3)),
     "strided groups": (Geometry((3, 3), (2, 1), (1, 0), (1, 2), 2), (3, 8, 9, 11), (6, 4, 3, 3)),
@@ -87,6 +94,27 @@ def test_native_products_equal_those_in_torch(
     direction = torch.randn_like(found)
     for ours, theirs in zip(gradients(found, direction, leaves), gradients(expected, direction, leaves), strict=True):
         close(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize(("weight_spec", "input_spec", "rule"), GROUPED)
+def test_native_products_with_groups_equal_those_in_torch(weight_spec: str, input_spec: str, rule: str) -> None:
+    live = input_spec.endswith("dynamic")
+    x, weight = torch.randn(7, 3, 40, requires_grad=True), torch.randn(21, 40, requires_grad=True)
+    bias = torch.randn(21, requires_grad=True)
+    a, learn_a = operand(x.detach(), input_spec, "none" if live else rule, share=1.0 if live else 0.6)
+    w, learn_w = operand(weight.detach(), weight_spec, "none" if rule == "none" else "lsq")
+    assert training.serves(x, weight, a.spec, w.spec)
+    found, expected = (product(x, weight, bias, a, w, None) for product in (training.product, in_torch))
+    assert torch.equal(found, expected)
+    leaves, direction = [x, weight, bias, *learn_a, *learn_w], torch.randn_like(found)
+    for ours, theirs in zip(gradients(found, direction, leaves), gradients(expected, direction, leaves), strict=True):
+        close(ours, theirs, 2e-5)
+
+
+def test_groups_that_the_kernel_cannot_read_are_left_to_torch() -> None:
+    x, weight, int8 = torch.randn(2, 40), torch.randn(3, 40), QuantSpec.parse("int8")
+    assert not training.serves(x, weight, int8, QuantSpec.parse("int4/group10"))
+    assert training.serves(torch.randn(2, 65600 * 2), torch.randn(3, 65600 * 2), int8, QuantSpec.parse("int4/group64"))
 
 
 @pytest.mark.parametrize("kind", ["3x3", "linear"])

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import cpu
+from bitwright.kernels.grouped import lanes
 
 _LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
+
+
+def blocks_of(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight with everything that shares a scale in one row: a matrix ``[n * groups, size]`` where groups do.
+
+    >>> blocks_of(torch.zeros(6, 8), torch.ones(6, 2)).shape
+    torch.Size([12, 4])
+    """
+    return weight if scale.numel() <= len(weight) else weight.reshape(scale.numel(), -1)
 
 
 def _weight_codes(weight: Tensor, scale: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
@@ -39,10 +49,17 @@ def _encoded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor | None, x_bounds: list[int],
     w_scale: Tensor, w_bounds: list[int],
 ) -> Tensor:  # fmt: skip
-    codes, sums = _weight_codes(weight, w_scale, w_bounds)
+    blocks = blocks_of(weight, w_scale)
+    codes, sums = _weight_codes(blocks, w_scale, w_bounds)
+    layout, rest = cpu.pack_linear(codes.view(weight.shape), 8), (bias, x_scale, x_zero)
+    if len(blocks) > len(weight):
+        sums, sizes = sums.view(w_scale.shape), (len(weight), blocks.shape[1])
+        out = torch.ops.bitwright.grouped_linear(
+            x, layout, lanes(w_scale), lanes(sums), *rest, *sizes, 8, *x_bounds, cpu.BEST_ISA
+        )
+        return _poisoned(out, x)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
-    layout = cpu.pack_linear(codes, 8)
-    out = torch.ops.bitwright.linear(x, layout, per_row, sums, bias, x_scale, x_zero, 8, *x_bounds, cpu.BEST_ISA)
+    out = torch.ops.bitwright.linear(x, layout, per_row, sums, *rest, 8, *x_bounds, cpu.BEST_ISA)
     return _poisoned(out, x)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.kernels import cpu, passes  # noqa: F401  (passes registers the operators)
+from bitwright.kernels import cpu, passes  # passes registers the operators
 from bitwright.kernels.reference import Geometry, largest_code, not_integers
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.numerics.ste import Learning, Sums, range_gradients
@@ -42,15 +42,16 @@ class Operand:
 
 def serves(x: Tensor, weight: Tensor, x_spec: QuantSpec, w_spec: QuantSpec) -> bool:
     """Whether the native kernels compute this product: float32 on the CPU, integer codes, a sum that fits 32 bits."""
+    size = w_spec.granularity.size
     return (
         cpu.native is not None
         and not not_integers(w_spec, x_spec)
-        and (w_spec.granularity.kind != "group" or w_spec.granularity.size >= weight.shape[-1])
+        and size % 4 == 0  # what the kernel reads at once
         and w_spec.format.qmin < 0
         and x.device.type == weight.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32
         and x.numel() > 0
-        and weight[0].numel() * largest_code(x_spec) * largest_code(w_spec) <= _INT32
+        and (size or weight[0].numel()) * largest_code(x_spec) * largest_code(w_spec) <= _INT32
     )
 
 
@@ -157,9 +158,10 @@ class _Product(torch.autograd.Function):
         dtype = torch.bfloat16 if ctx.narrow else torch.float32
         wanted = (needs[0] or needs[3] or needs[4], needs[1] or needs[5], ctx.has_bias and needs[2])
         values, factor = _values(x, x_scale, x_zero, x_bounds, dtype) if wanted[1] else (x, None)
-        codes = torch.ops.bitwright.weight_codes(weight, w_scale, w_bounds)[0]
+        blocks = passes.blocks_of(weight, w_scale)
+        codes = torch.ops.bitwright.weight_codes(blocks, w_scale, w_bounds)[0]
         gradients = _linear_gradients if ctx.geometry is None else _conv_gradients
-        filters = (codes * w_scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
+        filters = (codes * w_scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype).view(weight.shape)
         dx, dw, db = gradients(grads[0], values, filters, wanted, ctx.geometry)
         x_range: tuple[Tensor | None, Tensor | None] = (None, None)
         w_range: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -170,7 +172,8 @@ class _Product(torch.autograd.Function):
             x_range = range_gradients(sums, x_bounds, x_zero, x_learning)
         if dw is not None:
             dw = dw.float() if factor is None else dw.float() * factor
-            dw, sums = _through(dw, weight, w_scale, None, w_bounds, w_learning, rows=len(weight))
+            dw, sums = _through(dw.reshape(blocks.shape), blocks, w_scale, None, w_bounds, w_learning, len(blocks))
+            dw = dw.view(weight.shape)
             w_range = range_gradients(sums, w_bounds, None, w_learning)
         return (
             dx if needs[0] else None, dw if needs[1] else None, db, *x_range, w_range[0], None, None, None, None,
