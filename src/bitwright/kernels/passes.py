@@ -27,11 +27,11 @@ def blocks_of(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _weight_codes(weight: Tensor, scale: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
-    weight, scale = weight.contiguous(), scale.contiguous()
+    blocks, scale = blocks_of(weight, scale).contiguous(), scale.contiguous()
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    sums = torch.empty(len(weight), dtype=torch.int32)
+    sums = torch.empty(len(blocks), dtype=torch.int32)
     cpu.native.weight_codes(
-        cpu.BEST_ISA, weight.data_ptr(), len(weight), weight[0].numel(), scale.data_ptr(), int(scale.numel() > 1),
+        cpu.BEST_ISA, blocks.data_ptr(), len(blocks), blocks[0].numel(), scale.data_ptr(), int(scale.numel() > 1),
         *bounds, codes.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, sums
@@ -49,11 +49,10 @@ def _encoded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: Tensor, x_zero: Tensor | None, x_bounds: list[int],
     w_scale: Tensor, w_bounds: list[int],
 ) -> Tensor:  # fmt: skip
-    blocks = blocks_of(weight, w_scale)
-    codes, sums = _weight_codes(blocks, w_scale, w_bounds)
-    layout, rest = cpu.pack_linear(codes.view(weight.shape), 8), (bias, x_scale, x_zero)
-    if len(blocks) > len(weight):
-        sums, sizes = sums.view(w_scale.shape), (len(weight), blocks.shape[1])
+    codes, sums = _weight_codes(weight, w_scale, w_bounds)
+    layout, rest = cpu.pack_linear(codes, 8), (bias, x_scale, x_zero)
+    if len(sums) > len(weight):
+        sums, sizes = sums.view(w_scale.shape), (len(weight), weight.numel() // len(sums))
         out = torch.ops.bitwright.grouped_linear(
             x, layout, lanes(w_scale), lanes(sums), *rest, *sizes, 8, *x_bounds, cpu.BEST_ISA
         )
@@ -152,7 +151,10 @@ _OPERATORS = [
     (
         "weight_codes(Tensor weight, Tensor scale, int[2] bounds) -> (Tensor, Tensor)",
         _weight_codes,
-        lambda w, *_: (w.new_empty(w.shape, dtype=torch.int8), w.new_empty(len(w), dtype=torch.int32)),
+        lambda w, scale, _: (
+            w.new_empty(w.shape, dtype=torch.int8),
+            w.new_empty(max(len(w), scale.numel()), dtype=torch.int32),
+        ),
     ),
     (
         "centred_codes(Tensor x, Tensor scale, Tensor? zero, int[2] bounds, bool narrow) -> Tensor",

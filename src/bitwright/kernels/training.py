@@ -159,7 +159,7 @@ class _Product(torch.autograd.Function):
         wanted = (needs[0] or needs[3] or needs[4], needs[1] or needs[5], ctx.has_bias and needs[2])
         values, factor = _values(x, x_scale, x_zero, x_bounds, dtype) if wanted[1] else (x, None)
         blocks = passes.blocks_of(weight, w_scale)
-        codes = torch.ops.bitwright.weight_codes(blocks, w_scale, w_bounds)[0]
+        codes = torch.ops.bitwright.weight_codes(weight, w_scale, w_bounds)[0].view(blocks.shape)
         gradients = _linear_gradients if ctx.geometry is None else _conv_gradients
         filters = (codes * w_scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype).view(weight.shape)
         dx, dw, db = gradients(grads[0], values, filters, wanted, ctx.geometry)
