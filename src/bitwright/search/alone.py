@@ -36,7 +36,7 @@ def weight_alone(
 ) -> nn.Module:
     """A calibrated copy in which only the weight at ``site`` has a spec, with the steps of the plan."""
     prepared = _prepared_alone(model, plan, site, spec)
-    calibrate(prepared, batches, forward=forward)
+    calibrate(prepared, batches if plan.steps else (), forward=forward)
     return prepared
 
 
@@ -61,7 +61,7 @@ def weight_change(
     assert isinstance(module, Simulated)
     before = module.quantized_weights()[site.slot].clone()
     factor = factor_of(module.norm[0]) if isinstance(module, QLayer) and module.norm else None
-    calibrate(prepared, batches, forward=forward)
+    calibrate(prepared, batches if plan.steps else (), forward=forward)
     quantizer = module.quantizer(site.slot)
     assert quantizer is not None
     change = quantizer.simulate(module.quantized_weights()[site.slot]) - before
