@@ -4,8 +4,8 @@ ResNet20. The harm of {2, 3, 4, 5, 6, 8} bits at each of the 18 middle convoluti
 with that layer alone rounded by GPTQ, on 512 training images, without labels. The allocation has the bytes of the
 uniform model as its budget. First convolution and classifier have 8 bits, activations and sums too. Both models are
 then calibrated alike. Drops are paired with the float model, on 2,000 other training images; ``--test`` reads the
-10,000 test images. Sensitivities are kept in results/mixed_resnet20_<method>_<rounding>.json and continued from there,
-scores in results/mixed_resnet20.json.
+10,000 test images. Proxies look at 128 of the images. Sensitivities are kept in
+results/mixed_resnet20_<method>_<rounding>.json and continued from there, scores in results/mixed_resnet20.json.
 
     python benchmarks/mixed_resnet20.py [--bits 4 3] [--rounding gptq nearest] [--test]
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.search.agreement import agreement
+from bitwright.search.agreement import agreement, spearman
 from bitwright.search.cost import plan_bytes
 from bitwright.search.mixed import Mixture
 from bitwright.search.sensitivity import Harm, Sensitivity
@@ -30,7 +30,7 @@ from models import CifarResNet
 from resnet20 import batches_of
 from results import FOLDER, write
 
-CALIBRATION, VALIDATION = 512, 2000
+CALIBRATION, PROXY, VALIDATION = 512, 128, 2000
 CHOICES = [f"int{bits}/channel" for bits in (2, 3, 4, 5, 6, 8)]
 MIDDLE = "layer*.conv*.weight"
 STEPS = ("gptq", "affine_repair")
@@ -51,6 +51,11 @@ def harm_of(model: nn.Module, plan: bw.Plan, batches: list[Tensor], rounding: st
         print(f"{row.site} {row.spec}: {row.harm:.2e} +- {row.error:.0e}", flush=True)
 
     return bw.sensitivity(model, plan, batches, {MIDDLE: CHOICES}, method=method, work=work, say=say)
+
+
+def same_width(found: Sensitivity) -> list[list[tuple[str, str]]]:
+    """Rows of the file, by width."""
+    return [[key for key in found.table if key[1] == spec] for spec in CHOICES]
 
 
 def score(model: nn.Module, plan: bw.Plan, calibration: Tensor, items: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -105,9 +110,12 @@ def main() -> None:
         harm = harm_of(model, plan, list(calibration.split(64)), rounding, "kl")
         results = json.loads(path.read_text()) if path.exists() else {}
         for method in options.proxy:
-            proxy = agreement(harm_of(model, plan, list(calibration.split(64)), rounding, method), harm)
-            print(f"{method}, {rounding}: rank correlation {proxy.rank:.3f}")
-            results[f"{method}, {rounding}"] = proxy.rank
+            proxy = agreement(harm_of(model, plan, list(calibration[:PROXY].split(64)), rounding, method), harm)
+            within = [
+                spearman(*[[of.table[key].harm for key in at] for of in (proxy, harm)]) for at in same_width(harm)
+            ]
+            print(f"{method}, {rounding}: ranks {proxy.rank:.3f}, of one width {min(within):.2f} to {max(within):.2f}")
+            results[f"{method}, {rounding}"] = {"rank": proxy.rank, "of one width": within}
         found = bw.mixture(model, plan, calibration[:1], harm)
         for bits in options.bits:
             results[f"{split}, {bits} bits, harm by {rounding}"] = compare(model, found, bits, calibration, items)
