@@ -35,6 +35,26 @@ void check(const DecodedLinear& a) {
     require(empty || a.k == 0 || (a.x != nullptr && a.w != nullptr), "null pointer");
 }
 
+int width_index(int bits) { return bits == 8 ? 0 : 5 - bits; }
+
+Decoded job_of(const DecodedLinear& a) {
+    const int64_t units = units_of(a);
+    Decoded job{};
+    job.x_stride = units * unit_inputs(a.bits);
+    job.w = a.w;
+    job.block_bytes = units * unit_bytes(a.bits);
+    job.columns = a.n;
+    job.scale_groups = a.k == 0 || a.group_size >= a.k ? 1 : a.k / a.group_size;
+    job.group_units = units / job.scale_groups;
+    job.table = a.table;
+    job.scales = a.scales;
+    job.zeros = a.zeros;
+    job.bias = a.bias;
+    job.y = a.y;
+    job.y_stride = a.n;
+    return job;
+}
+
 // A row of x at a stride of whole units, its padding 0.
 void pad_row(const DecodedLinear& a, int64_t stride, float* out, int64_t row) {
     std::memcpy(out, a.x + row * a.k, static_cast<size_t>(a.k) * sizeof(float));
@@ -60,7 +80,7 @@ void run_share(const Kernels& kernels, const DecodedLinear& a, const Decoded& jo
     const int64_t slab = a.m == 1 ? blocks : round_up(fitting > 0 ? fitting : 1, 4);
     for (int64_t begin = mine.begin; begin < mine.end; begin += slab) {
         const int64_t end = begin + slab < mine.end ? begin + slab : mine.end;
-        kernels.decoded[a.bits == 8 ? 0 : 5 - a.bits](job, rows.begin, rows.end, begin, end);
+        kernels.decoded[width_index(a.bits)](job, rows.begin, rows.end, begin, end);
     }
 }
 
@@ -102,20 +122,7 @@ void decoded_linear(const DecodedLinear& a) {
     check(a);
     const Kernels& kernels = bitwright::kernels(a.isa);
     if (a.m == 0 || a.n == 0) return;
-    const int64_t units = units_of(a);
-    Decoded job{};
-    job.x_stride = units * unit_inputs(a.bits);
-    job.w = a.w;
-    job.block_bytes = units * unit_bytes(a.bits);
-    job.columns = a.n;
-    job.scale_groups = a.k == 0 || a.group_size >= a.k ? 1 : a.k / a.group_size;
-    job.group_units = units / job.scale_groups;
-    job.table = a.table;
-    job.scales = a.scales;
-    job.zeros = a.zeros;
-    job.bias = a.bias;
-    job.y = a.y;
-    job.y_stride = a.n;
+    Decoded job = job_of(a);
     const bool padded = job.x_stride != a.k;
     const bool summed = a.zeros != nullptr && a.m == 1;  // only a single row is scaled after its sum
     Scratch scratch(Scratch::bytes<float>(padded ? a.m * job.x_stride : 0) +
@@ -131,6 +138,23 @@ void decoded_linear(const DecodedLinear& a) {
     const double products = static_cast<double>(a.m) * static_cast<double>(a.n) * static_cast<double>(a.k);
     const int threads = products <= kSerialProducts ? 1 : a.threads;
     parallel_for(threads, [&](int index, int team) { run_share(kernels, a, job, index, team); });
+}
+
+void decode_panel(const DecodedLinear& a, int64_t begin, int64_t end, float* out) {
+    check_bits(a.bits);
+    size_product({a.n, a.k});
+    const int64_t units = units_of(a);
+    require(a.k > 0 && a.group_size > 0 && (a.group_size >= a.k || a.k % a.group_size == 0), "groups must divide the inputs");
+    require(a.group_size >= a.k || a.group_size % unit_inputs(a.bits) == 0, "groups must hold whole units of codes");
+    require(begin >= 0 && begin <= end && end <= ceil_div(a.n, kLanes), "no such blocks of outputs");
+    require(units == 0 || (a.w != nullptr && a.table != nullptr && a.scales != nullptr && out != nullptr), "null pointer");
+    const Kernels& kernels = bitwright::kernels(a.isa);
+    const Decoded job = job_of(a);
+    const int64_t stride = (end - begin) * kLanes;
+    parallel_for(a.threads, [&](int index, int team) {
+        const Range mine = share(end - begin, 1, index, team);
+        kernels.decode[width_index(a.bits)](job, begin + mine.begin, begin + mine.end, out - begin * kLanes, stride);
+    });
 }
 
 }  // namespace bitwright

@@ -113,16 +113,15 @@ BW_INLINE typename S::F decoded_value(const typename S::Table& table, typename S
     }
 }
 
-// Input K of a load and those after it.
-template <class S, int BITS, int K, int ROWS, int BLOCKS>
-BW_INLINE void decode_load(const typename S::I (&low)[BLOCKS], const typename S::I (&high)[BLOCKS],
-                           DecodedTile<S, ROWS, BLOCKS>& tile) {
+// Input K of a load and those after it, given to a tile or panel.
+template <class S, int BITS, int K, int BLOCKS, class TILE>
+BW_INLINE void decode_load(const typename S::I (&low)[BLOCKS], const typename S::I (&high)[BLOCKS], TILE& tile) {
     if constexpr (K < Load<BITS>::kInputs) {
         typename S::F values[BLOCKS];
         BW_UNROLL
         for (int b = 0; b < BLOCKS; ++b) values[b] = decoded_value<S, BITS, K>(tile.table, low[b], high[b]);
         tile.input(values, K);
-        decode_load<S, BITS, K + 1, ROWS, BLOCKS>(low, high, tile);
+        decode_load<S, BITS, K + 1>(low, high, tile);
     }
 }
 
@@ -147,7 +146,7 @@ void decoded_tile(const Decoded& d, int64_t row, int64_t block) {
                     if (BITS == 3 && load == 1) high[b] = S::template shift_right<16>(high[b]);
                     if (ROWS == 1) BW_PREFETCH(at + load * kGroupBytes + kAheadBytes);
                 }
-                decode_load<S, BITS, 0, ROWS, BLOCKS>(low, high, tile);
+                decode_load<S, BITS, 0>(low, high, tile);
                 tile.advance(Load<BITS>::kInputs);
             }
             w += kBytes;
@@ -155,6 +154,44 @@ void decoded_tile(const Decoded& d, int64_t row, int64_t block) {
         tile.end_group(row, group);
     }
     tile.finish(row, block);
+}
+
+// Values of one block for the matrix product of another library: [inputs][16] at a distance of `stride`.
+template <class S>
+struct DecodedPanel {
+    const typename S::Table table;
+    float* out;
+    const int64_t stride;
+    typename S::F scale, zero;
+
+    BW_INLINE void input(typename S::F (&values)[1], int k) {
+        S::store(out + k * stride, S::mul(S::sub(values[0], zero), scale));
+    }
+};
+
+template <class S, int BITS>
+void decode_panel(const Decoded& d, int64_t begin, int64_t end, float* out, int64_t stride) {
+    constexpr int kLoads = BITS == 3 ? 2 : 1;
+    constexpr int64_t kBytes = BITS == 3 ? 3 * kGroupBytes : kGroupBytes;
+    for (int64_t block = begin; block < end; ++block) {
+        DecodedPanel<S> panel{S::table(d.table), out + block * kLanes, stride, S::set(0.0f), S::set(0.0f)};
+        const uint8_t* w = d.w + block * d.block_bytes;
+        for (int64_t unit = 0; unit < d.scale_groups * d.group_units; ++unit, w += kBytes) {
+            if (unit % d.group_units == 0) {
+                const int64_t at = (block * d.scale_groups + unit / d.group_units) * kLanes;
+                panel.scale = S::load(d.scales + at);
+                if (d.zeros != nullptr) panel.zero = S::load(d.zeros + at);
+            }
+            BW_UNROLL
+            for (int load = 0; load < kLoads; ++load) {
+                const typename S::I low[1] = {S::load_codes(w + load * kGroupBytes)};
+                typename S::I high[1] = {BITS == 3 ? S::load_codes(w + 2 * kGroupBytes) : low[0]};
+                if (BITS == 3 && load == 1) high[0] = S::template shift_right<16>(high[0]);
+                decode_load<S, BITS, 0>(low, high, panel);
+                panel.out += Load<BITS>::kInputs * stride;
+            }
+        }
+    }
 }
 
 template <class S, int BITS, int BLOCKS, int ROWS>

@@ -162,6 +162,8 @@ struct Kernels {
     void (*grouped[4])(const Gemm& gemm, const Span& span);  // with a scale per group, for 8, 4, 3 and 2 bits
     // Rows and blocks from, to; for 8, 4, 3 and 2 bit codes.
     void (*decoded[4])(const Decoded& job, int64_t row, int64_t row_end, int64_t block, int64_t block_end);
+    // Values of the blocks from, to, at out[input * stride + 16 * block + lane]; likewise.
+    void (*decode[4])(const Decoded& job, int64_t block, int64_t block_end, float* out, int64_t stride);
     void (*depthwise)(const Depthwise& job);
     void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
                 float* out);

@@ -160,6 +160,15 @@ NB_MODULE(_native, m) {
                             at<const float>(bias), at<float>(y), threads});
         },
         Release());
+    m.def(
+        "decode_panel",
+        [](int isa, int bits, int64_t k, int64_t n, int64_t group_size, uintptr_t w, uintptr_t table,
+           uintptr_t scales, uintptr_t zeros, int64_t begin, int64_t end, uintptr_t out, int threads) {
+            decode_panel({isa, bits, nullptr, 0, k, n, group_size, at<const uint8_t>(w), at<const float>(table),
+                          at<const float>(scales), at<const float>(zeros), nullptr, nullptr, threads},
+                         begin, end, at<float>(out));
+        },
+        Release());
     m.def("conv_layout_bytes", &conv_layout_bytes);
     m.def(
         "pack_conv",

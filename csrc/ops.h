@@ -90,6 +90,10 @@ int64_t decoded_layout_bytes(int64_t bits, int64_t n, int64_t k);
 void pack_decoded(const uint8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
 void decoded_linear(const DecodedLinear& args);
 
+// The float values of the blocks [begin, end) of 16 outputs: [inputs in whole units][16 * (end - begin)]. Of `args`,
+// what belongs to rows is not read.
+void decode_panel(const DecodedLinear& args, int64_t begin, int64_t end, float* out);
+
 struct Conv {
     int isa;
     const float* x;

@@ -27,7 +27,7 @@ ISAS = [isa for isa in cpu.ISA if isa == "portable" or isa in cpu.cpu_features()
 @given(
     text=st.sampled_from(SPECS),
     isa=st.sampled_from(ISAS),
-    m=st.integers(0, 14),
+    m=st.integers(0, 14) | st.integers(64, 80),
     n=st.integers(1, 50),
     k=st.integers(1, 40),
     bias=st.booleans(),
@@ -47,6 +47,20 @@ def test_products_are_those_of_the_decoded_weight(text: str, isa: str, m: int, n
     bound = 1e-6 * (2 + k) * (x.abs().double() @ values.abs().t() + 1)  # k roundings of a float32 sum
     assert found.shape == wanted.shape
     assert ((found - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_many_rows_are_multiplied_by_several_panels(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "_PANEL_BYTES", 1)  # four blocks of outputs each
+    spec = QuantSpec.parse(text)
+    weight, x = quantize(torch.randn(150, 192), spec), torch.randn(5, 13, 192)
+    kernel = table.select("linear", spec, None, weight.shape, cpu.cpu_features())
+    values, b = dequantize(weight), torch.randn(150)
+    found = kernel.run(x, kernel.pack(weight, 1), spec, b, None)
+    bound = 1e-6 * 194 * (x.abs() @ values.abs().t() + 1)
+    assert ((found - F.linear(x, values, b)).abs() <= bound).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernel.run(x.requires_grad_(), kernel.pack(weight, 1), spec, b, None), found)
 
 
 def test_the_table_takes_it_for_float_inputs_and_groups_and_not_for_integers() -> None:

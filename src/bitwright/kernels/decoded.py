@@ -2,7 +2,8 @@
 
 The weight stays packed; a code becomes a value in a register, by a table of 16 entries (integers, ternary, NF4, FP4,
 powers of two and fitted tables alike) or, at 8 bits, by conversion. Values are exact; sums are float32 sums in an
-order of their own (contract C3).
+order of their own (contract C3). Many rows share the work of decoding: then panels of weights are decoded to float32
+and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QuantSpec
 
 LANES = 16  # output rows of a block of weights
+_FEW_ROWS = 64  # more rows of activations than these are multiplied by panels
+_PANEL_BYTES = 8 << 20
 
 
 class DecodedWeight(NamedTuple):
@@ -103,15 +106,44 @@ def _decoded_linear(
     y = torch.empty((*x.shape[:-1], outputs))
     if layout.numel() != cpu.native.decoded_layout_bytes(bits, outputs, k):
         raise KernelError(f"decoded_linear: {layout.numel()} bytes of weights do not fit {outputs} x {k} codes")
+    m = y.numel() // outputs if outputs else 0
+    if m > _FEW_ROWS and k:
+        weight = DecodedWeight(layout, table, scales, zeros)
+        return _by_panels(x, weight, bias, y, (group_size or k, bits, isa))
     try:
         cpu.native.decoded_linear(
-            isa, bits, x.data_ptr(), y.numel() // outputs if outputs else 0, k, outputs, group_size or max(k, 1),
+            isa, bits, x.data_ptr(), m, k, outputs, group_size or max(k, 1),
             layout.data_ptr(), table.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"decoded_linear: {error}") from error
     return y
+
+
+def _by_panels(
+    x: Tensor, weight: DecodedWeight, bias: Tensor | None, y: Tensor, options: tuple[int, int, int]
+) -> Tensor:
+    """The product by panels of decoded outputs, which stay in the last-level cache."""
+    (group_size, bits, isa), k, n = options, x.shape[-1], y.shape[-1]
+    unit = 32 if bits == 3 else 32 // bits
+    padded, blocks = k + -k % unit, -(-n // LANES)
+    width = max(4, _PANEL_BYTES // (4 * LANES * padded))
+    panel, rows, out = torch.empty(padded, LANES * min(width, blocks)), x.view(-1, k), y.view(-1, n)
+    for begin in range(0, blocks, width):
+        end = min(begin + width, blocks)
+        try:
+            cpu.native.decode_panel(
+                isa, bits, k, n, group_size, weight.layout.data_ptr(), weight.table.data_ptr(),
+                weight.scales.data_ptr(), _address(weight.zeros), begin, end, panel.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+        except ValueError as error:
+            raise KernelError(f"decoded_linear: {error}") from error
+        part = out[:, begin * LANES : end * LANES]
+        values = panel.view(-1)[: padded * LANES * (end - begin)].view(padded, -1)[:k, : part.shape[1]]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            torch.mm(rows, values, out=part)
+    return y if bias is None else y.add_(bias)
 
 
 def _address(x: Tensor | None) -> int:
