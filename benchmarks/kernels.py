@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.kernels.cpu import cpu_features
-from bitwright.kernels.table import Activation, Packed, select
+from bitwright.kernels.row import Activation, Packed
+from bitwright.kernels.table import select
 from bitwright.numerics.affine import live_qparams
 from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QuantSpec

@@ -18,7 +18,7 @@ from bitwright.export.layers import fill
 from bitwright.export.tidy import tidy
 from bitwright.export.writer import Writer, storage
 from bitwright.kernels.reference import Geometry
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu, decoded, table
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.numerics.qtensor import dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
 

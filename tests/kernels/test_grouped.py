@@ -11,7 +11,7 @@ from torch import Tensor
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu, grouped, table
 from bitwright.kernels.reference import codes_of
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.numerics.affine import live_qparams
 from bitwright.numerics.qtensor import QTensor, quantize
 from bitwright.numerics.spec import QParams, QuantSpec

@@ -7,7 +7,8 @@ import torch
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu
-from bitwright.kernels.table import KERNELS, Activation, explain, select
+from bitwright.kernels.row import Activation
+from bitwright.kernels.table import KERNELS, explain, select
 from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QParams, QuantSpec
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from bitwright.errors import ExportError, KernelError
 from bitwright.export.onnx import export
 from bitwright.flow.convert import convert
-from bitwright.kernels import table
+from bitwright.kernels import cpu, table
 from bitwright.lowbit import recurrent
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.lowbit.recurrent import LowbitGRU, LowbitLSTM
@@ -62,7 +62,7 @@ def test_every_product_has_a_kernel_of_its_specs() -> None:
 
 
 def _best() -> frozenset[str]:
-    return table.cpu.cpu_features()
+    return cpu.cpu_features()
 
 
 def test_a_weight_without_an_integer_kernel_is_decoded_once_per_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

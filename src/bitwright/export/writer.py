@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import ExportError
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.numerics.formats import Format

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitwright.graph.multihead import SIDES, Side
 from bitwright.kernels.recurrent import recurrence_of
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.lowbit.attention import LowbitAttention, LowbitCat, LowbitMatMul
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.conv3d import LowbitConv3d

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitwright.graph.calls import attend
 from bitwright.kernels import table
-from bitwright.kernels.table import Activation, Kernel, decoded_input
+from bitwright.kernels.row import Activation, Kernel, decoded_input
 from bitwright.numerics.spec import QParams
 
 

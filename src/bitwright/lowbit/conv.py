@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.kernels.reference import Geometry
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics.qtensor import QTensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bitwright.kernels import table
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.numerics.spec import QParams
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import table
-from bitwright.kernels.table import Activation, Kernel, Packed
+from bitwright.kernels.row import Activation, Kernel, Packed
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QParams, QuantSpec
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bitwright.kernels import recurrent
 from bitwright.kernels.recurrent import Product, Products, Recurrence, State
-from bitwright.kernels.table import decoded_input
+from bitwright.kernels.row import decoded_input
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.numerics.qtensor import dequantize
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.kernels.reference import Geometry
-from bitwright.kernels.table import Activation
+from bitwright.kernels.row import Activation
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics.qtensor import QTensor
 

@@ -1,0 +1,106 @@
+"""Rows of the kernel table that define what each operator computes, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitwright.kernels import reference
+from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code, row_qparams
+from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
+from bitwright.numerics.affine import decode
+from bitwright.numerics.spec import QParams, QuantSpec
+
+Product = Callable[..., Tensor]
+
+
+def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
+    return Codes(packed.layout.float(), packed.scale, largest_code(weight))
+
+
+def _decoded_weight(packed: Packed, weight: QuantSpec) -> Tensor:
+    return decode(packed.layout, weight, QParams(packed.scale, packed.zero_point, packed.codebook))
+
+
+def _integer_linear(x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation) -> Tensor:
+    return reference.linear(codes_of(x, *input), _integer_weight(packed, weight), bias)
+
+
+def _decoding_linear(
+    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None
+) -> Tensor:
+    return F.linear(decoded_input(x, input), _decoded_weight(packed, weight), bias)
+
+
+def _integer_conv(
+    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, geometry: Geometry
+) -> Tensor:
+    filters = _as_2d(_integer_weight(packed, weight).values)
+    codes = _integer_weight(packed, weight)._replace(values=filters)
+    return reference.conv2d(codes_of(x, *input), codes, bias, geometry)
+
+
+def _decoding_conv(
+    x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None, g: Geometry
+) -> Tensor:
+    filters = _as_2d(_decoded_weight(packed, weight))
+    return F.conv2d(decoded_input(x, input), filters, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+def _integer_volume(
+    run: Product, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, *g: object
+) -> Tensor:
+    return run(codes_of(x, *input), _integer_weight(packed, weight), bias, *g)
+
+
+def _decoding_volume(
+    run: Product, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, by: Activation | None, *g: object
+) -> Tensor:
+    return run(decoded_input(x, by), _decoded_weight(packed, weight), bias, *g)
+
+
+def _as_2d(filters: Tensor) -> Tensor:
+    return filters.unsqueeze(2) if filters.dim() == 3 else filters
+
+
+def _gather(ids: Tensor, packed: Packed, weight: QuantSpec) -> Tensor:
+    qparams = row_qparams(QParams(packed.scale, packed.zero_point, packed.codebook), weight, ids.flatten())
+    rows = F.embedding(ids.flatten(), packed.layout)
+    return decode(rows, weight, qparams).view(*ids.shape, packed.layout.shape[1])
+
+
+def _reference_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
+    return reference.add(codes_of(a, *left), codes_of(b, *right))
+
+
+def _reference_matmul(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
+    return reference.matmul(codes_of(a, *left), codes_of(b, *right))
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def _volume_rows(op: str, integer: Product, decoding: Product) -> tuple[Kernel, Kernel]:
+    code, exact, loose = "one byte per code", partial(_integer_volume, integer), partial(_decoding_volume, decoding)
+    row = Kernel(f"{op}/reference", op, _NONE, code, integers_only, pack_codes, exact)
+    return row, Kernel(f"{op}/decode", op, _NONE, code, anything, pack_codes, loose)
+
+
+INTEGER_ROWS = (
+    Kernel("linear/reference", "linear", _NONE, "one byte per code", integers_only, pack_codes, _integer_linear),
+    Kernel("conv/reference", "conv", _NONE, "one byte per code", integers_only, pack_codes, _integer_conv),
+    *_volume_rows("conv3d", reference.conv3d, reference.float_conv3d),
+    *_volume_rows("conv_transpose", reference.conv_transpose, reference.float_conv_transpose),
+)
+DECODING_ROWS = (
+    Kernel("linear/decode", "linear", _NONE, "one byte per code", anything, pack_codes, _decoding_linear),
+    Kernel("conv/decode", "conv", _NONE, "one byte per code", anything, pack_codes, _decoding_conv),
+    Kernel("embedding/gather", "embedding", _NONE, "one byte per code", anything, pack_codes, _gather),
+)
+OPERATION_ROWS = (
+    Kernel("add/reference", "add", _NONE, "", anything, pack_codes, _reference_add),
+    Kernel("matmul/reference", "matmul", _NONE, "", anything, pack_codes, _reference_matmul),
+)
