@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import TrainingError
+from bitwright.observe.ranks import world_size
 from bitwright.train.history import History
 from bitwright.train.interrupt import Interrupts
-from bitwright.train.parallel import check_wrapped, world_size
+from bitwright.train.parallel import check_wrapped
 from bitwright.train.resume import load_run, save_run
 from bitwright.train.run import Run
 from bitwright.train.schedule import Schedule

@@ -18,11 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bitwright.errors import TrainingError
-
-
-def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from bitwright.observe.ranks import world_size
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bitwright.errors import CheckpointError, TrainingError
 from bitwright.flow.prepare import plan_of
+from bitwright.observe.ranks import world_size
 from bitwright.plan.target import spelled
-from bitwright.train.parallel import is_sharded, world_size
+from bitwright.train.parallel import is_sharded
 from bitwright.train.run import Run
 from bitwright.train.state import NAME, read_state, write_state
 from bitwright.train.stream import random_state, set_random_state
