@@ -19,6 +19,7 @@ from scipy.sparse import csr_array, hstack
 from bitwright.errors import SearchError
 from bitwright.search.budget import RESOURCES, Allocation, Budget, Choice, Layer, Ties, summed
 from bitwright.search.cost import Cost
+from bitwright.search.dominance import undominated
 
 Rule = tuple[Any, Any, Any]
 """Rows, and the lower and upper bounds of their sums."""
@@ -37,7 +38,8 @@ def allocate(
 
     ``ties`` are groups of sites that must get one spec; ``fixed`` is the cost of everything that is not chosen. A limit
     on ``drop`` is one on the summed harm, in its units. After ``seconds`` the best solution so far is returned with its
-    ``gap``. Raises `SearchError` for a budget that nothing meets, with the smallest values that something does, and for
+    ``gap``. A choice that another one of its layer beats in harm or a cost and matches in all others is never taken.
+    Raises `SearchError` for a budget that nothing meets, with the smallest values that something does, and for
     a limit on what no choice has a number for.
 
     >>> bits = [Choice((f"int{b}",), harm, Cost(bytes=b)) for b, harm in ((2, 1.0), (4, 0.25), (8, 0.0))]
@@ -80,8 +82,9 @@ class _Problem:
     def __init__(self, layers: Sequence[Layer], ties: Ties, fixed: Cost) -> None:
         if not layers:
             raise SearchError("there is nothing to allocate: no layer has choices")
-        self.layers, self.fixed = layers, fixed
-        self.flat = [(at, choice) for at, layer in enumerate(layers) for choice in layer.choices]
+        ties = [list(tie) for tie in ties]
+        self.all, self.layers, self.fixed = layers, undominated(layers, ties), fixed
+        self.flat = [(at, choice) for at, layer in enumerate(self.layers) for choice in layer.choices]
         owners = np.array([at for at, _ in self.flat])
         rows = [(owners[None] == np.arange(len(layers))[:, None]).astype(float), *self._equal(ties)]
         right = [1.0] * len(layers) + [0.0] * (len(rows) - 1)
@@ -111,7 +114,7 @@ class _Problem:
             if name in ("drop", "harm"):
                 continue
             key = "live" if name == "peak_memory" else name
-            if not any(getattr(choice.cost, key) for _, choice in self.flat):
+            if not any(getattr(choice.cost, key) for layer in self.all for choice in layer.choices):
                 raise SearchError(f"{name} is limited or minimized, but no choice has one; give its cost first")
 
     def value(self, name: str, found: Allocation) -> float:

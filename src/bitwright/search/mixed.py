@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 from torch import nn
 
 from bitwright.errors import SearchError
-from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.plan import Plan
-from bitwright.plan.site import Site, products_of
-from bitwright.plan.target import get_target
+from bitwright.plan.plan import Plan, read_spec
+from bitwright.plan.site import Site, rows_shape
 from bitwright.search.agreement import LEAST_RANK, check
 from bitwright.search.allocate import allocate
 from bitwright.search.alone import sharing
 from bitwright.search.budget import Allocation, Budget, Choice, Layer
+from bitwright.search.choices import Decided, combinations, decided, module_at
 from bitwright.search.cost import Cost, Work, layer_cost, plan_bytes, work_of
+from bitwright.search.dominance import Slower, slower
+from bitwright.search.prices import Prices, Pricing
 from bitwright.search.sensitivity import Sensitivity
 
 
@@ -34,17 +34,29 @@ class Mixture:
         """The best allocation within ``budget``, see `allocate`."""
         return allocate(self.layers, budget, ties=self.ties, fixed=self.fixed, **options)
 
+    def slower(self) -> list[Slower]:
+        """Choices that have no winning kernel: another one of their layer is as fast and harms no more."""
+        return slower(self.layers)
+
 
 def mixture(
-    model: nn.Module, plan: Plan, example: Any, found: Sensitivity, *, least_rank: float = LEAST_RANK
+    model: nn.Module,
+    plan: Plan,
+    example: Any,
+    found: Sensitivity,
+    *,
+    latency: Pricing | None = None,
+    least_rank: float = LEAST_RANK,
 ) -> Mixture:
     """Layers and choices from measured harm, for one forward on ``example`` (pass one item).
 
     A layer's choices are the combinations of the specs of its sites in ``found`` for which the target has kernels;
     their harm is the sum, negative harm, which is noise, counts as 0. Sites that share a quantizer are tied, their harm
-    counts once. Bytes are exact: an allocation's sum is what the shipped model stores. Raises `SearchError` for a proxy
-    whose rank correlation with measured harm is not known or below ``least_rank``, for sites that the plan does not
-    have, and for a layer of which the target can run no combination.
+    counts once. Bytes are exact: an allocation's sum is what the shipped model stores. ``latency`` gives seconds: the
+    table that `measure_machine` returns, or a `search.roofline.Machine`, which gives modelled joules too. Raises
+    `SearchError` for a proxy whose rank correlation with measured harm is not known or below ``least_rank``, for sites
+    that the plan does not have, for a layer of which the target can run no combination, and for a choice that
+    ``latency`` does not know.
     """
     check(found, least_rank)
     unknown = [site for site in found.sites if Site.parse(site) not in plan.sites]
@@ -52,18 +64,16 @@ def mixture(
         raise SearchError(f"{unknown[0]} is no site of the plan; measure the sensitivity with this plan")
     work, harm = work_of(model, example), {key: max(row.harm, 0.0) for key, row in found.table.items()}
     specs = {s: texts for leader, texts in found.sites.items() for s in sharing(plan, Site.parse(leader))}
-    paths = dict.fromkeys(site.path for site in specs)
-    layers = tuple(_layer(model, plan, path, work.get(path, Work(0, 0, 0)), specs, harm) for path in paths)
+    paths = list(dict.fromkeys(site.path for site in specs))
+    prices = None if latency is None else latency.prices(model, plan, example, paths)
+    layers = tuple(_layer(model, plan, path, work.get(path, Work(0, 0, 0)), specs, harm, prices) for path in paths)
     ties = [tuple(str(s) for s in sharing(plan, Site.parse(leader))) for leader in found.sites]
     start = {site: layer.choices[0].specs[i] for layer in layers for i, site in enumerate(layer.sites)}
     rest = plan_bytes(model, _replaced(plan, start)) - sum(layer.choices[0].cost.bytes for layer in layers)
     others = [path for path in work if path not in paths]
-    bops = sum(_cost(model, plan, path, work[path], _decided(plan, path)).bops for path in others)
-    return Mixture(layers, tuple(tie for tie in ties if len(tie) > 1), Cost(bytes=rest, bops=bops))
-
-
-def _decided(plan: Plan, path: str) -> dict[Site, QuantSpec | None]:
-    return {site: spec for site, spec in plan.sites.items() if site.path == path}
+    bops = sum(_cost(model, path, work[path], decided(plan, path), None).bops for path in others)
+    fixed = Cost(bytes=rest, bops=bops) + (Cost() if prices is None else prices.rest())
+    return Mixture(layers, tuple(tie for tie in ties if len(tie) > 1), fixed)
 
 
 def _layer(
@@ -73,15 +83,15 @@ def _layer(
     work: Work,
     specs: Mapping[Site, list[str]],
     harm: Mapping[tuple[str, str], float],
+    prices: Prices | None,
 ) -> Layer:
     sites = [site for site in specs if site.path == path]
     choices = []
-    for texts in itertools.product(*(specs[site] for site in sites)):
-        own = {site: QuantSpec.parse(text) for site, text in zip(sites, texts, strict=True)}
-        if not _runs(model, plan, path, {**_decided(plan, path), **own}):
-            continue
-        cost = _cost(model, plan, path, work, {**_decided(plan, path), **own})
-        stored = _cost(model, plan, path, work, {s: spec for s, spec in own.items() if not _follows(plan, s)}).bytes
+    for texts, whole in combinations(model, plan, path, specs):
+        cost = _cost(model, path, work, whole, prices)
+        own = {site: whole[site] for site in sites if not (site.is_weight and site in plan.shared)}
+        stored = _cost(model, path, work, own, None).bytes  # a weight that another site stores is counted there
+        stored += _norm_bytes(model, plan, path, whole)
         total = sum(harm.get((str(site), text), 0.0) for site, text in zip(sites, texts, strict=True))
         choices.append(Choice(texts, total, replace(cost, bytes=stored)))
     if not choices:
@@ -91,33 +101,25 @@ def _layer(
     return Layer(tuple(str(site) for site in sites), tuple(choices))
 
 
-def _runs(model: nn.Module, plan: Plan, path: str, specs: Mapping[Site, QuantSpec | None]) -> bool:
-    """Whether the target has kernels for a layer with these specs; functional calls are looked at by `prepare`."""
-    module, target = dict(model.named_modules()).get(path), get_target(plan.target)
-    for product in products_of(module) if module is not None else ():
-        weight = specs.get(Site(path, product.weight)) if product.weight else None
-        inputs = [specs.get(Site(path, slot)) for slot in product.inputs] or [None]
-        if any(x is not None for x in (weight, *inputs)) and not all(
-            target.covers(product.op, weight, x) for x in inputs
-        ):
-            return False
-    return True
+def _cost(model: nn.Module, path: str, work: Work, specs: Decided, prices: Prices | None) -> Cost:
+    """What one layer costs with these specs."""
+    slots = {site.slot: spec for site, spec in specs.items()}
+    cost = layer_cost(module_at(model, path), work, slots)
+    return cost if prices is None else cost + prices.layer(path, slots)
 
 
-def _follows(plan: Plan, site: Site) -> bool:
-    """Whether a weight is stored by another site."""
-    return site.is_weight and site in plan.shared
-
-
-def _cost(model: nn.Module, plan: Plan, path: str, work: Work, specs: Mapping[Site, QuantSpec | None]) -> Cost:
-    modules = dict(model.named_modules())
-    module = modules.get(path, nn.Identity())
-    return layer_cost(module, work, {site.slot: spec for site, spec in specs.items()})
+def _norm_bytes(model: nn.Module, plan: Plan, path: str, specs: Decided) -> int:
+    """Bytes of a batch norm that does not fold, because the weight before it is float, beyond those of a folded one."""
+    if path not in plan.folds or specs[Site(path, "weight")] is not None:
+        return 0
+    norm, layer = model.get_submodule(plan.folds[path]), model.get_submodule(path)
+    folded = 4 * rows_shape(layer, "weight")[0] if layer.bias is None else 0  # a bias that the layer did not have
+    return sum(tensor.nbytes for tensor in norm.state_dict().values()) - folded
 
 
 def _replaced(plan: Plan, specs: Mapping[str, str]) -> Plan:
     """The plan with other specs at these sites; what they share stays shared."""
-    sites = {**plan.sites, **{Site.parse(site): QuantSpec.parse(text) for site, text in specs.items()}}
+    sites = {**plan.sites, **{Site.parse(site): read_spec(text) for site, text in specs.items()}}
     return replace(plan, sites=sites).with_sites({})
 
 

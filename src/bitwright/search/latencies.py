@@ -1,0 +1,185 @@
+"""`measure_machine`: how long each layer takes on this machine for each choice, in a file that can be continued.
+
+Every distinct call (module, sizes, geometry, batch norm, shapes and strides of the arguments, specs) is timed once,
+as it ships: alone, with the kernel that `kernels.table.select` takes, its own encoding of the input included. All
+choices of a layer take turns, and its float form with them.
+
+Inside a model a layer finds its weights in the cache that they survived in until it runs again. A call is therefore
+timed on copies of the layer that are used one after the other, as many as hold the bytes of the whole model's weights
+(at most 64; beyond twice the last-level cache more of them change nothing): a small model's weights are found in a
+cache, those of a large one come from memory. Inputs are warm, as the layer before has just written them.
+
+Everything that is not a choice is the rest: the measured time of the whole model as the plan ships it, less the times
+of its layers. A prediction for the plan itself is thus exact, and changes by what layers change.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitwright.errors import SearchError
+from bitwright.graph.dataflow import call, evaluating
+from bitwright.plan.plan import Plan
+from bitwright.plan.target import spelled
+from bitwright.search.choices import combinations, spread
+from bitwright.search.cost import Cost
+from bitwright.search.digest import digest
+from bitwright.search.fingerprint import fingerprint
+from bitwright.search.sensitivity import Specs
+from bitwright.search.stopwatch import Timing, in_turns
+from bitwright.search.workload import Call, Workload, bytes_read
+from bitwright.search.workload import Specs as Decided
+
+VERSION = 1
+_MOST_COPIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Seconds of a call by its key (see `search.workload`), and the machine that they were measured on."""
+
+    rows: Mapping[str, Timing] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=fingerprint)
+
+    def prices(self, model: nn.Module, plan: Plan, example: Any, paths: Sequence[str]) -> MeasuredPrices:
+        """What the layers at ``paths`` take by this table, and the rest of the model as ``plan`` ships it."""
+        return MeasuredPrices(self, Workload(model, plan, example, paths))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file (to a temporary name, flushed, renamed)."""
+        path = Path(path)
+        part, head = path.with_name(path.name + ".part"), {"version": VERSION, "machine": dict(self.machine)}
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(row))}" for key, row in self.rows.items())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(head)[:-1] + f', "rows": {{\n{lines}\n}}}}\n')
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as cause:
+            raise SearchError(f"cannot write the latency table {path}: {cause}; name another cache folder") from cause
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read the file; raises `SearchError` for a damaged one and for one of another machine, naming what differs."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["version"] != VERSION:
+                raise ValueError(f"version {data['version']}, expected {VERSION}")
+            rows = {key: Timing(**row) for key, row in data["rows"].items()}
+            if not all(row.seconds > 0 and math.isfinite(row.seconds + row.error) for row in rows.values()):
+                raise ValueError("a time is no positive number")
+            machine = dict(data["machine"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as cause:
+            raise SearchError(f"cannot read latency table {path}: {cause}; delete the file to measure anew") from cause
+        here = fingerprint()
+        for name in here:
+            if machine.get(name) != here[name]:
+                raise SearchError(
+                    f"latency table {path} was measured with {name} {machine.get(name, 'unknown')}; here it is "
+                    f"{here[name]}; times of another machine say nothing here: run bitwright measure-machine"
+                )
+        return cls(rows, here)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPrices:
+    """Seconds of the layers of one model, looked up."""
+
+    table: LatencyTable
+    work: Workload
+
+    def layer(self, path: str, specs: Decided) -> Cost:
+        """Seconds of all calls of a layer; raises `SearchError` for one that was not measured."""
+        return Cost(latency=math.fsum(self._seconds(path, specs, made) for made in self.work.calls[path]))
+
+    def rest(self) -> Cost:
+        """The measured time of the whole model, less that of the layers with choices as the plan ships them."""
+        whole = self.table.rows.get(self.work.whole)
+        if whole is None:
+            raise SearchError(f"the whole model was not measured with this plan and example; {_ADVICE}")
+        layers = math.fsum(self.layer(path, self.work.decided(path)).latency for path in self.work.calls)
+        return Cost(latency=whole.seconds - layers)
+
+    def _seconds(self, path: str, specs: Decided, made: Call) -> float:
+        found = self.table.rows.get(self.work.key(path, specs, made))
+        if found is None:
+            chosen = ", ".join(f"{slot} {spelled(spec)}" for slot, spec in specs.items())
+            raise SearchError(f"{path} with {chosen} on {made} was not measured; {_ADVICE}")
+        return found.seconds
+
+
+_ADVICE = "call measure_machine (or run bitwright measure-machine) with this plan, example and these specs"
+
+
+def table_path(cache: str | Path | None = None) -> Path:
+    """The file of this machine's table, in ``cache`` or ``$XDG_CACHE_HOME/bitwright`` or ``~/.cache/bitwright``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitwright"
+    return Path(cache or home) / f"latency-{digest(sorted(fingerprint().items()))}.json"
+
+
+def measure_machine(
+    model: nn.Module,
+    plan: Plan,
+    example: Any,
+    specs: Specs,
+    *,
+    cache: str | Path | None = None,
+    precision: float = 0.02,
+    seconds: float = 1.0,
+    say: Callable[[str, Timing], None] = lambda key, row: None,
+) -> LatencyTable:
+    """Time on this machine what `mixture` needs: layers that ``specs`` select, for each choice, and the whole model.
+
+    ``model`` is the float model, ``specs`` maps patterns over the sites of ``plan`` to specs, as in `sensitivity`;
+    ``float`` is one. A choice is timed until the standard error of its median is ``precision`` of it, or for
+    ``seconds``. Rows of earlier calls, in the file of this machine in the folder ``cache``, are not timed again; new
+    ones are written there layer by layer, so that the same call goes on after a kill. The number of threads is torch's.
+    Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model.
+    """
+    path = table_path(cache)
+    table = LatencyTable.load(path) if path.exists() else LatencyTable()
+    wanted = spread(plan, specs)
+    work = Workload(model, plan, example, (site.path for site in wanted))
+
+    def note(keys: Iterable[str], candidates: list[list[Callable[[], object]]]) -> LatencyTable:
+        rows = dict(zip(keys, in_turns(candidates, precision, seconds), strict=True))
+        found = replace(table, rows={**table.rows, **rows})
+        found.save(path)
+        for key, row in rows.items():
+            say(key, row)
+        return found
+
+    with evaluating(work.shipped):
+        if work.whole not in table.rows:
+            table = note([work.whole], [[partial(call, work.shipped, example)]])
+    for place, calls in work.calls.items():
+        choices = [
+            {site.slot: spec for site, spec in own.items()} for _, own in combinations(model, plan, place, wanted)
+        ]
+        choices += [work.decided(place), dict.fromkeys(work.decided(place))]
+        for made in calls:
+            todo = {work.key(place, own, made): own for own in choices}
+            todo = {key: own for key, own in todo.items() if key not in table.rows}
+            if todo:
+                table = note(todo, _copies(work, place, list(todo.values()), made))
+    return table
+
+
+def _copies(work: Workload, path: str, choices: list[Decided], made: Call) -> list[list[Callable[[], object]]]:
+    """The calls of each choice, on as many copies of the layer as hold the bytes of the whole model's weights."""
+    layers = [work.alone(path, own, made) for own in choices]
+    count = min(max(1, -(-work.among // max(sum(map(bytes_read, layers)), 1))), _MOST_COPIES)
+    copies = [[layer, *(copy.deepcopy(layer) for _ in range(count - 1))] for layer in layers]
+    return [[partial(layer.forward, *made.args, **made.kwargs) for layer in own] for own in copies]
