@@ -22,7 +22,9 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Budget
+from bitwright.search.latencies import LatencyTable, measure_machine
 from bitwright.search.mixed import mixture, with_allocation
+from bitwright.search.roofline import get_machine
 from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
@@ -35,6 +37,7 @@ __all__ = [
     "BitwrightError",
     "Budget",
     "Cat",
+    "LatencyTable",
     "MatMul",
     "Measurement",
     "Plan",
@@ -50,10 +53,12 @@ __all__ = [
     "dequantize",
     "evaluate",
     "export",
+    "get_machine",
     "item_scores",
     "load",
     "load_weights",
     "measure",
+    "measure_machine",
     "mixture",
     "paired_drop",
     "param_groups",
