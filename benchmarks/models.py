@@ -194,6 +194,52 @@ class MobileNetV1(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2: 1x1 expansion, 3x3 depthwise, 1x1 projection without an activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = inputs * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6()]
+        layers += [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width), nn.ReLU6()]
+        layers += [nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 for 224x224 images (Sandler 2018, table 2), random weights."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        stages = (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        )
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+        inputs = 32
+        for expansion, outputs, count, stride in stages:
+            for block in range(count):
+                layers.append(InvertedResidual(inputs, outputs, 1 if block else stride, expansion))
+                inputs = outputs
+        layers += [nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(1280, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(x).mean((2, 3)))
+
+
 def settle_batchnorm(model: nn.Module, *shape: int) -> nn.Module:
     """Give a randomly initialised model's batch norms statistics of their own activations; eval mode."""
     model.train()

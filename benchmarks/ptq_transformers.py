@@ -34,6 +34,8 @@ WEIGHTS: dict[str, Steps] = {
     "gptq": ("gptq",),
     "gptq, own inputs": (OWN,),
     "awq, gptq": ("awq", "gptq"),
+    "gptq, rescaled": ({"name": "gptq", "rescale": True},),
+    "gptq, rescaled, blocks": ({"name": "gptq", "rescale": True}, {"name": "brecq", "iterations": 300}),
 }
 BOTH: dict[str, Steps] = {
     "nearest": (),
@@ -49,7 +51,9 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Steps]]] = {
     "W4 g32": ("w4a16", "int4/group{size}", WEIGHTS),
     "W4 g32 asymmetric": ("w4a16", "uint4/asym/group{size}", WEIGHTS),
     "W3 g32": ("w4a16", "int3/group{size}", WEIGHTS),
+    "W3 g32 asymmetric": ("w4a16", "uint3/asym/group{size}", WEIGHTS),
     "W2 g32": ("w4a16", "int2/group{size}", WEIGHTS),
+    "W2 g32 asymmetric": ("w4a16", "uint2/asym/group{size}", WEIGHTS),
     "W8A8 dynamic": ("w8a8-dynamic", "", BOTH),
     "W8A8": ("w8a8", "", BOTH),
     "W4A8": ("w4a8", "", BOTH),

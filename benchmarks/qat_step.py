@@ -4,7 +4,8 @@ ResNet-18 for 32x32 images (batch 128) and a 6-layer BERT-shaped encoder (width 
 weights: this times shapes, not accuracy. W8A8 and W4A4 with learned scales (LSQ), SGD. Two modes: float32, and mixed
 (integer forward, bfloat16 backward, by autocast). Each round times every variant once, in turn. Memory is what autograd
 keeps for the backward, counted once per storage; the peak of the whole process is measured in a process per variant.
-Writes results/qat_step.json.
+Writes results/qat_step_resnet.json and
+qat_step_bert.json.
 
     python benchmarks/qat_step.py [--rounds 7] [--threads 2] [--model ResNet-18]
 """
@@ -115,7 +116,6 @@ def main() -> None:
     if options.peak:
         print_peak(options.model, options.peak)
         return
-    results: dict[str, object] = {}
     for name in [options.model] if options.model else ["ResNet-18", "BERT, 6 layers"]:
         steps = {variant: Step(name, variant) for variant in options.variants}
         kept = {variant: step.kept_bytes() for variant, step in steps.items()}
@@ -129,6 +129,7 @@ def main() -> None:
                 seconds[variant].append(time.perf_counter() - start)
         for variant in steps:
             print(f"{name} {variant}: {1e3 * statistics.median(seconds[variant]):.0f} ms", flush=True)
+        results: dict[str, object] = {}
         peaks = {variant: peak_megabytes(name, variant, options.threads) for variant in steps}
         for variant in steps:
             ratios = sorted(a / b for a, b in zip(seconds[variant], seconds["float32"], strict=True))
@@ -146,7 +147,7 @@ def main() -> None:
             print(
                 f"{name:15s} {variant:14s} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True
             )
-    write("qat_step", results)
+        write(f"qat_step_{name.partition('-')[0].partition(',')[0].lower()}", results)
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ def test_published_mobilenet_with_one_scale_per_weight(shared_data: Path) -> Non
     uneven([(one.conv, one.bn, two.conv) for one, two in itertools.pairwise(parts)])
     found = {}
     for name, start in (("uneven", twin), ("published", net)):
-        for steps in ((), ("cle",), ("cle", "bias_correction")):
+        for steps in ((), ("cle", "bias_correction")):
             model = prepared(start, x[:2], steps=steps)
             bw.calibrate(model, calibration.split(32))
             model.eval()
