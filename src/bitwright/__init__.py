@@ -22,10 +22,15 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Budget
+from bitwright.search.certificate import Certificate
+from bitwright.search.certify import certify
+from bitwright.search.contenders import Training
 from bitwright.search.latencies import LatencyTable, measure_machine
+from bitwright.search.matrix import Matrix, matrix
 from bitwright.search.mixed import mixture, with_allocation
 from bitwright.search.roofline import get_machine
 from bitwright.search.sensitivity import sensitivity
+from bitwright.search.verify import Verification, verify
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
 
@@ -37,8 +42,10 @@ __all__ = [
     "BitwrightError",
     "Budget",
     "Cat",
+    "Certificate",
     "LatencyTable",
     "MatMul",
+    "Matrix",
     "Measurement",
     "Plan",
     "QTensor",
@@ -46,7 +53,10 @@ __all__ = [
     "Result",
     "Schedule",
     "Site",
+    "Training",
+    "Verification",
     "calibrate",
+    "certify",
     "compare",
     "convert",
     "coverage",
@@ -57,6 +67,7 @@ __all__ = [
     "item_scores",
     "load",
     "load_weights",
+    "matrix",
     "measure",
     "measure_machine",
     "mixture",
@@ -70,5 +81,6 @@ __all__ = [
     "save",
     "sensitivity",
     "train",
+    "verify",
     "with_allocation",
 ]

@@ -17,20 +17,19 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 
+from bitwright import claims
 from bitwright.algorithms.pipeline import calibrate as calibrate_model
 from bitwright.auto import LEVELS, quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import measure
 from bitwright.bench.report import to_table, write_text
 from bitwright.demo import run_demo
-from bitwright.errors import BitwrightError, CheckpointError
+from bitwright.errors import BitwrightError
 from bitwright.export.onnx import export as export_model
 from bitwright.export.parity import parity
-from bitwright.flow.checkpoint import load, load_weights, save
+from bitwright.flow.checkpoint import load, save
 from bitwright.flow.convert import convert as convert_model
-from bitwright.flow.convert import is_converted
 from bitwright.flow.coverage import coverage
 from bitwright.flow.prepare import prepare
 from bitwright.kernels.cpu import cpu_features
@@ -43,7 +42,7 @@ from bitwright.search.ladder import INTERRUPTED
 from bitwright.search.table import trials_table
 from bitwright.train.loop import train as train_model
 from bitwright.train.schedule import Schedule
-from bitwright.userspec import load_object
+from bitwright.userspec import batches_of, first_of, load_object, model_of, shipped_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -66,7 +65,7 @@ def plan(
     out: Out = Path("plan.toml"),
 ) -> None:
     """Run the model once and write a plan: one line per site."""
-    made = Plan.preset(preset, _model(model, None), _first(data), target=target, sites=_rules(rule or []))
+    made = Plan.preset(preset, model_of(model, None), first_of(data), target=target, sites=_rules(rule or []))
     made.save(out)
     quantized = sum(spec is not None for spec in made.sites.values())
     console.print(
@@ -82,8 +81,8 @@ def calibrate(
     model: Model, data: Data, plan: Annotated[Path, typer.Option()], out: Out, weights: Weights = None
 ) -> None:
     """Choose all scales from batches of inputs and save the prepared model."""
-    prepared = prepare(_model(model, weights), Plan.load(plan), inplace=True)
-    calibrate_model(prepared, track(list(_batches(data)), "calibrating", console=console))
+    prepared = prepare(model_of(model, weights), Plan.load(plan), inplace=True)
+    calibrate_model(prepared, track(list(batches_of(data)), "calibrating", console=console))
     save(prepared, out)
     console.print(f"wrote {out}")
 
@@ -100,8 +99,8 @@ def train(
     score: Annotated[str | None, typer.Option(help="score(model) on validation data; the best state is kept")] = None,
 ) -> None:
     """Quantization-aware training of a calibrated model, in three phases."""
-    prepared = load(folder, _model(model, None))
-    batches = list(_batches(data))
+    prepared = load(folder, model_of(model, None))
+    batches = list(batches_of(data))
     judge = None if score is None else load_object(score)
     with typer.progressbar(length=steps, label="training") as bar:
         try:
@@ -120,7 +119,7 @@ def train(
 @app.command()
 def convert(model: Model, folder: Folder, out: Out) -> None:
     """Turn a calibrated or trained model into packed low-bit layers."""
-    shipped = convert_model(load(folder, _model(model, None)), inplace=True)
+    shipped = convert_model(load(folder, model_of(model, None)), inplace=True)
     save(shipped, out)
     table = Table("tensor", "format", "input", "bytes", "why", title=str(out))
     for row in coverage(shipped):
@@ -147,8 +146,8 @@ def quantize(
 ) -> None:
     """The whole line in one call: recipes from cheap to expensive, then 8 bits, until the score is kept."""
     result = quantize_model(
-        _model(model, weights), list(_batches(data)), load_object(score),
-        evaluation=None if evaluation is None else _batches(evaluation), max_drop=max_drop, max_bytes=max_bytes,
+        model_of(model, weights), list(batches_of(data)), load_object(score),
+        evaluation=None if evaluation is None else batches_of(evaluation), max_drop=max_drop, max_bytes=max_bytes,
         level=level, preset=preset, target=target, recipes=recipe, work=work, time_budget=time_budget,
         on_trial=console.print,
     )  # fmt: skip
@@ -170,7 +169,7 @@ def quantize(
 @app.command()
 def export(model: Model, folder: Folder, data: Data, out: Out) -> None:
     """Write a converted model as a QDQ ONNX file and compare it, layer by layer, with ONNX Runtime."""
-    shipped, example = _shipped(folder, model), _first(data)
+    shipped, example = shipped_of(folder, model), first_of(data)
     export_model(shipped, out, example)
     found = parity(shipped, out, example)
     table = Table("layer", "largest difference", "SQNR dB", title=f"{out} in ONNX Runtime")
@@ -190,7 +189,7 @@ def evaluate(
     weights: Weights = None,
 ) -> None:
     """Print score(model) of the float model or of a saved one."""
-    judged = _model(model, weights) if folder is None else load(folder, _model(model, None))
+    judged = model_of(model, weights) if folder is None else load(folder, model_of(model, None))
     console.print(f"{load_object(score)(judged.eval()):.6f}")
 
 
@@ -203,10 +202,10 @@ def bench(
     rounds: Annotated[int, typer.Option()] = 30,
 ) -> None:
     """Time the float and the converted model in alternation on the first batch."""
-    base = _model(model, weights)
-    shipped = _shipped(folder, model)
+    base = model_of(model, weights)
+    shipped = shipped_of(folder, model)
     table = Table("model", "ms per call", "speed (10-90 %)", "bytes", title=f"{torch.get_num_threads()} threads")
-    for row in measure({"float": base, str(folder): shipped}, _first(data), rounds=rounds):
+    for row in measure({"float": base, str(folder): shipped}, first_of(data), rounds=rounds):
         table.add_row(row.name, f"{1e3 * row.seconds:.3f}", str(row.speed), f"{row.bytes:,}")
     console.print(table)
 
@@ -223,7 +222,7 @@ def explain(
     console.print(loaded.explain(found), highlight=False)
     weight, input = (loaded.sites.get(Site(found.path, slot)) for slot in ("weight", "input"))
     if model is not None and weight is not None:
-        layer = _model(model, None).get_submodule(found.path)
+        layer = model_of(model, None).get_submodule(found.path)
         shape = rows_shape(layer, "weight")
         for name, reason in explain_kernels(operator_of(layer) or "", weight, input, shape, cpu_features()):
             console.print(f"  kernel {name}: {reason}", highlight=False)
@@ -270,30 +269,7 @@ def demo(out: Out = Path("report")) -> None:
     run_demo(out, console=console)
 
 
-def _model(name: str, weights: Path | None) -> nn.Module:
-    made = load_object(name)
-    model = made if isinstance(made, nn.Module) else made()
-    if not isinstance(model, nn.Module):
-        raise BitwrightError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module")
-    return (load_weights(model, weights) if weights is not None else model).eval()
-
-
-def _shipped(folder: Path, model: str) -> nn.Module:
-    shipped = load(folder, _model(model, None))
-    if not is_converted(shipped):
-        raise CheckpointError(f"{folder} holds a simulated model; run bitwright convert on it first")
-    return shipped
-
-
-def _batches(name: str) -> Any:
-    made: Any = load_object(name)
-    return made() if callable(made) else made
-
-
-def _first(name: str) -> Any:
-    for batch in _batches(name):
-        return batch
-    raise BitwrightError(f"{name} gave no batches; it must return at least one batch of model inputs")
+claims.register(app)
 
 
 def _rules(texts: list[str]) -> dict[str, str]:

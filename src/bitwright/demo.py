@@ -27,9 +27,10 @@ from bitwright.export.onnx import export
 from bitwright.export.parity import parity
 from bitwright.flow.checkpoint import save
 from bitwright.flow.convert import convert
-from bitwright.flow.evaluate import evaluate, item_scores, paired_drop
+from bitwright.flow.evaluate import evaluate, item_scores, paired_drop, top1
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
+from bitwright.search.certify import certify
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule
 
@@ -98,6 +99,11 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def right(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """1.0 for every right answer of one (images, labels) batch."""
+    return top1(model(batch[0]), batch[1])
+
+
 def log_likelihood(output: Tensor, target: Tensor) -> Tensor:
     """Log-probability of the right class per item: a score that sees damage before answers change."""
     return -F.cross_entropy(output, target, reduction="none")
@@ -151,7 +157,8 @@ def run_demo(folder: str | Path = "report", *, console: Console | None = None) -
     write_text(folder / "report.md", to_markdown(report))
     console.print(to_table(report))
     console.print(
-        f"wrote {folder / 'report.html'}, {folder / 'report.md'}, {folder / 'mixed'} and {folder / 'mixed.onnx'}"
+        f"wrote {folder / 'report.html'}, {folder / 'report.md'}, and of the mixed model {folder / 'mixed'}, "
+        f"{folder / 'mixed.onnx'} and {folder / 'certificate.html'}"
     )
     return report
 
@@ -217,6 +224,7 @@ def _judge(model: nn.Module, versions: list[_Version], data: Digits, folder: Pat
         )
         progress.advance(task)
     save(versions[-1].shipped, folder / "mixed")
+    _certify(model, versions[-1], data, folder)
     notes = [
         f"A residual CNN on scikit-learn's handwritten digits; {len(x)} test images that nothing was chosen on.",
         "trained = shipped: largest difference between the simulated and the converted model; exact means 0. "
@@ -226,6 +234,15 @@ def _judge(model: nn.Module, versions: list[_Version], data: Digits, folder: Pat
     ]
     bits = {version.name: bits_per_layer(version.shipped) for version in versions}
     return Report("bitwright on handwritten digits", notes, rows, bits, percent=True)
+
+
+def _certify(model: nn.Module, version: _Version, data: Digits, folder: Path) -> None:
+    issued = certify(
+        model, version.shipped, data.test, right, simulated=version.simulated, onnx=folder / "mixed.onnx",
+        seen={"training and calibration": [data.train], "validation": data.validation},
+    )  # fmt: skip
+    issued.save(folder / "certificate.json")
+    write_text(folder / "certificate.html", issued.to_html())
 
 
 def _by_name(measured: list[Measurement]) -> dict[str, Measurement]:

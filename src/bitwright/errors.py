@@ -11,6 +11,7 @@ A message says what was asked, what was found and what to do, and names the site
     ├── ModelError        a model that cannot be prepared (nothing to quantize, unknown layer class, half precision)
     ├── CalibrationError  calibration that saw no data, bad data, or never reached a module
     ├── SearchError       a search that cannot be set up, a budget that nothing meets
+    ├── CertificateError  a certificate that cannot be issued, or is no longer what was issued
     ├── TrainingError     a training run that cannot be set up or went wrong
     ├── KernelError       a kernel called with arguments it cannot serve
     ├── CheckpointError   a folder that is missing, corrupt, foreign, or does not fit the model
@@ -45,6 +46,10 @@ class CalibrationError(BitwrightError):
 
 class SearchError(BitwrightError):
     """A search that cannot be set up, or a budget that nothing meets."""
+
+
+class CertificateError(BitwrightError):
+    """A certificate that cannot be issued, or is no longer what was issued."""
 
 
 class TrainingError(BitwrightError):

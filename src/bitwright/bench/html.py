@@ -40,33 +40,43 @@ svg .soft { fill: var(--soft); }
 
 def to_html(report: Report) -> str:
     """The whole page."""
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(report.title)}</h1>",
-        *(f"<p>{escape(note)}</p>" for note in report.notes),
-        _table(report),
-    ]
+    parts = [*(f"<p>{escape(note)}</p>" for note in report.notes), _table(report)]
     if any(row.drop for row in report.rows):
         parts += ["<h2>Score lost, with its 95 % interval</h2>", _drops(report)]
     if len(sized := [row for row in report.rows if row.bytes]) > 1:
         parts += ["<h2>Stored bytes</h2>", _bars(sized)]
     if report.bits:
         parts += ["<h2>Bits per layer</h2>", _legend(report), _bit_map(report)]
-    return "\n".join([*parts, "</body></html>\n"])
+    return page(report.title, parts)
+
+
+def page(title: str, parts: list[str], style: str = "") -> str:
+    """A self-contained page of these parts, which are HTML already; ``style`` is added to the common one."""
+    head = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>\n"])
+
+
+def table(head: list[str], rows: list[list[str]], text: set[int]) -> str:
+    """A table that scrolls where it is too wide; columns in ``text`` hold words, the others numbers."""
+    kind = ["text" if i in text else "" for i in range(len(head))]
+    tops = "".join(f'<th class="{kind[i]}">{escape(name)}</th>' for i, name in enumerate(head))
+    body = [
+        "<tr>" + "".join(f'<td class="{kind[i]}">{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    ]
+    return f'<div class="scroll"><table><thead><tr>{tops}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _table(report: Report) -> str:
     kept = filled(report)
-    text = {i: ' class="text"' if i >= 5 else "" for i in kept}
-    head = "".join(f"<th{text[i]}>{escape(COLUMNS[i])}</th>" for i in kept)
-    rows = []
-    for row in report.rows:
-        texts = cells(row, percent=report.percent)
-        rows.append("<tr>" + "".join(f"<td{text[i]}>{escape(texts[i])}</td>" for i in kept) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    rows = [[cells(row, percent=report.percent)[i] for i in kept] for row in report.rows]
+    return table([COLUMNS[i] for i in kept], rows, {place for place, i in enumerate(kept) if i >= 5})
 
 
 def _svg(width: float, height: float, parts: list[str]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,13 +40,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Raises `CheckpointError` when the folder cannot be written or holds anything but an earlier checkpoint.
     """
     plan = plan_of(model)
-    tensors, aliases = _distinct(model.state_dict())
-    metadata = {
-        "format": "bitwright",
-        "version": VERSION,
-        "kind": _kind(model),
-        "aliases": json.dumps(aliases),
-    }
+    tensors, metadata = _contents(model)
     try:
         place = Path(folder).resolve()
         _check_place(place)
@@ -62,6 +57,24 @@ def save(model: nn.Module, folder: str | Path) -> None:
         raise CheckpointError(f"cannot write {folder}: {cause}") from cause
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the ``model.safetensors`` that `save` would write: all tensors, their names, and the metadata."""
+    tensors, metadata = _contents(model)
+    return len(serialized(tensors, metadata))
+
+
+def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a model's file."""
+    tensors, aliases = _distinct(model.state_dict())
+    metadata = {
+        "format": "bitwright",
+        "version": VERSION,
+        "kind": _kind(model),
+        "aliases": json.dumps(aliases),
+    }
+    return tensors, metadata
 
 
 def _check_place(folder: Path) -> None:

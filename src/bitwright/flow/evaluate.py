@@ -63,21 +63,22 @@ def paired_drop(before: Tensor, after: Tensor, *, resamples: int = 10_000, seed:
     """
     if before.shape != after.shape or not len(before):
         raise NumericsError(f"paired scores need the same items, found {len(before)} and {len(after)}")
-    values, counts = (before.double() - after.double()).unique(return_counts=True)
+    losses = before.double() - after.double()
+    means = resampled_drops(losses, resamples=resamples, seed=seed)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Drop(losses.mean().item(), low, high, len(before))
+
+
+def resampled_drops(losses: Tensor, *, resamples: int = 10_000, seed: int = 0) -> Tensor:
+    """Means of bootstrap resamples of the losses ``[n]`` of items: ``[resamples]`` in float64."""
+    values, counts = losses.unique(return_counts=True)
     generator = torch.Generator().manual_seed(seed)
     if len(values) <= 64:  # few distinct differences: draw how often each appears
-        draws = _multinomial(counts, len(before), resamples, generator)
-        means = (draws.double() @ values) / len(before)
-    else:
-        difference = before.double() - after.double()
-        means = torch.stack(
-            [
-                difference[torch.randint(len(before), (len(before),), generator=generator)].mean()
-                for _ in range(resamples)
-            ]
-        )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Drop((before.double() - after.double()).mean().item(), low, high, len(before))
+        draws = _multinomial(counts, len(losses), resamples, generator)
+        return (draws.double() @ values) / len(losses)
+    return torch.stack(
+        [losses[torch.randint(len(losses), (len(losses),), generator=generator)].mean() for _ in range(resamples)]
+    )
 
 
 def _multinomial(counts: Tensor, items: int, resamples: int, generator: torch.Generator) -> Tensor:
