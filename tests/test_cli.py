@@ -181,6 +181,11 @@ def test_levels_by_name(folder, ok, level):
         ),
         ((*QUANTIZE, *ITEMS, "--max-drop", "0.001", "-o", "x"), "evaluation has 800"),
         (("explain", "missing.toml", "a.weight"), "cannot read plan"),
+        (("list", "kernels"), "bitwright list knows machines, got 'kernels'"),
+        (
+            ("measure-machine", "mymodel:build", "--data", "mymodel:batches", "--plan", "x", "--set", "3.weight"),
+            "--set takes PATTERN=SPEC,SPEC,...",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(run, arguments, message):
@@ -195,6 +200,24 @@ def test_a_real_process_reports_the_exit_code_without_a_traceback(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_layers_are_timed_once_for_each_choice(folder, ok):
+    ok("plan", "mymodel:build", "--data", "mymodel:batches", "-o", "timed.toml")
+    command = ("measure-machine", "mymodel:build", "--data", "mymodel:batches", "--plan", "timed.toml")
+    arguments = (*command, "--set", "3.weight=int4/channel,int8/channel", "--cache", "tables", "--seconds", "0")
+    first = " ".join(ok(*arguments).split())
+    assert "whole Sequential" in first
+    assert first.count("us +-") == 4  # the whole, both widths, float
+    assert "int4/channel" in first.partition("choice")[2]
+    assert len(list((folder / "tables").glob("latency-*.json"))) == 1
+    assert "us +-" not in ok(*arguments)
+
+
+def test_described_machines_are_listed(ok):
+    told = ok("list", "machines")
+    assert "raspberry-pi-5" in told
+    assert "h100" in told
 
 
 def test_doctor_names_the_kernels(ok):

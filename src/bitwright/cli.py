@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bitwright import claims
+from bitwright import claims, machines
 from bitwright.algorithms.pipeline import calibrate as calibrate_model
 from bitwright.auto import LEVELS, quantize_model
 from bitwright.bench.html import to_html
@@ -270,6 +270,7 @@ def demo(out: Out = Path("report")) -> None:
 
 
 claims.register(app)
+machines.register(app)
 
 
 def _rules(texts: list[str]) -> dict[str, str]:

@@ -75,6 +75,15 @@ def test_no_choice_is_taken_that_another_of_its_layer_beats(
             assert not (fits and beats and numbers((other,)) != numbers((own,)))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_among_choices_of_equal_harm_the_cheaper_one_is_taken(tied: bool) -> None:
+    worse = [Choice((f"bad{at}",), 0.0, Cost(bytes=8 + at, latency=10)) for at in range(4)]
+    choices = (*worse[:2], Choice(("good",), 0.0, Cost(bytes=4, latency=10)), *worse[2:])
+    layers = [Layer((name,), choices) for name in "xyz"]
+    found = allocate(layers, Budget(), ties=[("x", "y", "z")] if tied else ())
+    assert set(found.sites.values()) == {"good"}
+
+
 def test_a_spec_of_a_tie_that_another_beats_everywhere_goes() -> None:
     def layer(name: str, times: dict[str, float]) -> Layer:
         return Layer((name,), tuple(Choice((spec,), 0.0, Cost(latency=time)) for spec, time in times.items()))

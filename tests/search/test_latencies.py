@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from torch import nn
 import bitwright as bw
 from bitwright.errors import SearchError
 from bitwright.graph.calls import Attention
+from bitwright.lowbit.layer import LowbitLayer
 from bitwright.search.cost import plan_bytes
 from bitwright.search.fingerprint import fingerprint, last_level_cache
-from bitwright.search.latencies import LatencyTable, measure_machine, table_path
+from bitwright.search.latencies import LatencyTable, copies_of, measure_machine, table_path
 from bitwright.search.sensitivity import Harm, Sensitivity
 from bitwright.search.speeds import speeds
 from bitwright.search.stopwatch import Timing
-from bitwright.search.workload import Specs, Workload
+from bitwright.search.workload import Specs, Workload, bytes_read
 
 PROGRAM = Path(__file__).parent / "latency_nets.py"
 PATHS = ["blocks.0.0", "blocks.1.0", "out"]
@@ -336,6 +337,26 @@ def test_the_bytes_between_two_calls_are_part_of_the_key() -> None:
     before = work.key("out", specs, made)
     work.among *= 2
     assert work.key("out", specs, made) != before
+
+
+def test_copies_hold_as_many_bytes_as_pass_between_two_calls() -> None:
+    model = net()
+    work = Workload(model, plan_of(model), example(), ["out"])
+    [made] = work.calls["out"]
+    choices = [work.decided("out"), dict.fromkeys(work.decided("out"))]
+    own = sum(bytes_read(work.alone("out", specs, made)) for specs in choices)
+    for among, count in ((own // 2, 1), (own, 1), (own * 10 - 1, 10), (own * 10**6, 64)):
+        work.among = among
+        candidates = copies_of(work, "out", choices, made)
+        assert [len(copies) for copies in candidates] == [count, count]
+        constants = {tensor.data_ptr() for copies in candidates for run in copies for tensor in tensors(run)}
+        assert len(constants) == count * sum(len(list(tensors(copies[0]))) for copies in candidates)
+
+
+def tensors(run: Callable[[], object]) -> Iterator[torch.Tensor]:
+    """Weights that a timed call reads."""
+    layer = run.func.__self__.layer  # type: ignore[attr-defined]
+    yield layer.constants.layout if isinstance(layer, LowbitLayer) else layer.weight
 
 
 def test_the_largest_cache_is_read_where_the_system_says(tmp_path: Path) -> None:

@@ -173,11 +173,11 @@ def measure_machine(
             todo = {work.key(place, own, made): own for own in choices}
             todo = {key: own for key, own in todo.items() if key not in table.rows}
             if todo:
-                table = note(todo, _copies(work, place, list(todo.values()), made))
+                table = note(todo, copies_of(work, place, list(todo.values()), made))
     return table
 
 
-def _copies(work: Workload, path: str, choices: list[Decided], made: Call) -> list[list[Callable[[], object]]]:
+def copies_of(work: Workload, path: str, choices: list[Decided], made: Call) -> list[list[Callable[[], object]]]:
     """The calls of each choice, on as many copies of the layer as hold the bytes of the whole model's weights."""
     layers = [work.alone(path, own, made) for own in choices]
     count = min(max(1, -(-work.among // max(sum(map(bytes_read, layers)), 1))), _MOST_COPIES)
