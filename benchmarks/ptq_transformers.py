@@ -28,14 +28,15 @@ from results import FOLDER, write
 Steps = tuple[Any, ...]
 SEARCHED = {"name": "smoothquant", "search": True}
 OWN = {"name": "gptq", "match_float": False}
+RESCALED = {"name": "gptq", "rescale": True, "act_order": False}
 WEIGHTS: dict[str, Steps] = {
     "nearest": (),
     "awq": ("awq",),
     "gptq": ("gptq",),
     "gptq, own inputs": (OWN,),
     "awq, gptq": ("awq", "gptq"),
-    "gptq, rescaled": ({"name": "gptq", "rescale": True},),
-    "gptq, rescaled, blocks": ({"name": "gptq", "rescale": True}, {"name": "brecq", "iterations": 300}),
+    "gptq, rescaled": (RESCALED,),
+    "gptq, rescaled, blocks": (RESCALED, {"name": "brecq", "iterations": 300}),
 }
 BOTH: dict[str, Steps] = {
     "nearest": (),

@@ -1,0 +1,70 @@
+"""Compares what the benchmarks measured with the stored baseline: which ratios became worse.
+
+Every row of ``results/<name>.json`` with a ``speed`` (times faster than the reference of the same round, with its 10 %
+and 90 % quantiles) is compared with the row of ``baseline.json``. Ratios, unlike times, carry over between machines of
+one kind. A row is slower when even its upper quantile lies below the baseline's lower one; then the exit code is 1.
+
+    python benchmarks/compare.py [--accept]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from results import FOLDER
+
+BASELINE = Path(__file__).parent / "baseline.json"
+Rows = dict[str, dict[str, float]]
+
+
+def ratios(results: dict[str, Any], name: str) -> Rows:
+    """Rows with a speed in what one script wrote, nested tables included, by path."""
+    found: Rows = {}
+    for key, value in results.items():
+        if not isinstance(value, dict):
+            continue
+        if "speed" in value:
+            found[f"{name}: {key}"] = {each: round(value[each], 3) for each in ("speed", "speed 10 %", "speed 90 %")}
+        else:
+            found |= ratios(value, f"{name}: {key}")
+    return found
+
+
+def compared(now: Rows, then: Rows) -> dict[str, str]:
+    """What became slower or faster beyond both spreads, and what has no counterpart."""
+    found = {key: "not measured now" for key in then.keys() - now.keys()}
+    found |= {key: "not in the baseline" for key in now.keys() - then.keys()}
+    for key in now.keys() & then.keys():
+        text = f"{then[key]['speed']:.2f}x -> {now[key]['speed']:.2f}x"
+        if now[key]["speed 90 %"] < then[key]["speed 10 %"]:
+            found[key] = f"slower: {text}"
+        elif now[key]["speed 10 %"] > then[key]["speed 90 %"]:
+            found[key] = f"faster: {text}"
+    return dict(sorted(found.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--accept", action="store_true", help="what was measured becomes the baseline")
+    accept = parser.parse_args().accept
+    now: Rows = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        now |= ratios(json.loads(path.read_text()), path.stem)
+    then: Rows = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    if accept:
+        BASELINE.write_text(json.dumps({**then, **now}, indent=1, sort_keys=True) + "\n")
+        print(f"{len(now)} rows stored in {BASELINE.name}")
+        return
+    found = compared(now, then)
+    for key, text in found.items():
+        print(f"{key}: {text}")
+    slower = sum(text.startswith("slower") for text in found.values())
+    print(f"{len(now.keys() & then.keys())} rows compared, {slower} slower")
+    raise SystemExit(1 if slower else 0)
+
+
+if __name__ == "__main__":
+    main()
