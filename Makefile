@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test tiny check native bench
+.PHONY: setup demo test tiny check native sanitize arm bench
 
 .venv/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -30,6 +30,21 @@ check: setup                 ## format, lint, types, layers, size limits
 
 native: setup                ## rebuild the native kernels in place
 	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall -e .
+
+CMAKE ?= $(or $(wildcard $(BIN)/cmake),cmake)
+
+sanitize:                    ## every native operation on random shapes, with the address and undefined behaviour sanitizers
+	$(CMAKE) -S . -B build/sanitize -DBITWRIGHT_SELF_TEST=ON -DBITWRIGHT_SANITIZE=ON >/dev/null
+	$(CMAKE) --build build/sanitize -j 2
+	build/sanitize/self_test
+
+arm:                         ## the same on 64-bit Arm, emulated: with dot products, and on a CPU without
+	@if ! command -v aarch64-linux-gnu-g++ || ! command -v qemu-aarch64; then \
+	  echo "skipped: needs a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)"; exit 0; fi; set -ex; \
+	$(CMAKE) -S . -B build/arm -DBITWRIGHT_SELF_TEST=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ >/dev/null; \
+	$(CMAKE) --build build/arm -j 2; \
+	for cpu in max cortex-a53; do qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu build/arm/self_test 60; done
 
 bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
 	for script in latency overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama; do $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -44,6 +44,8 @@ void check(const Conv& a) {
     require(a.stride_h > 0 && a.stride_w > 0 && a.dil_h > 0 && a.dil_w > 0,
             "stride and dilation must be positive");
     require(a.pad_h >= 0 && a.pad_w >= 0, "negative padding");
+    size_product({a.dil_h, a.kh});
+    size_product({a.dil_w, a.kw});
     for (int64_t value : {a.stride_h, a.stride_w, a.dil_h, a.dil_w, a.pad_h, a.pad_w}) {
         require(value < int64_t{1} << 24, "stride, dilation or padding too large");
     }
@@ -217,7 +219,7 @@ void conv2d(const Conv& args) {
     const Quantizer quantizer = make_quantizer(p.a.scale, p.a.zero, p.a.range, shift);
     const int64_t chunk = std::max<int64_t>(1, std::min(p.a.n, kChunkBytes / p.image.image_bytes));
     const int64_t image_bytes = chunk * p.image.image_bytes + 64;  // depthwise reads 16 channels at a time
-    const int64_t rows_bytes = p.a.threads * p.image.row_scratch;
+    const int64_t rows_bytes = size_product({p.a.threads, p.image.row_scratch});
     Scratch scratch(Scratch::bytes<uint8_t>(image_bytes) + Scratch::bytes<int64_t>(p.runs) +
                     Scratch::bytes<RowTerms>(1) + Scratch::bytes<uint8_t>(rows_bytes) +
                     Scratch::bytes<int64_t>(p.image.unit_pixels));
@@ -227,7 +229,7 @@ void conv2d(const Conv& args) {
     int64_t* pixel_offsets = scratch.take<int64_t>(p.image.unit_pixels);
     fill_offsets(p, buffers.offsets);
     p.image.fill_offsets(pixel_offsets);
-    *buffers.terms = {quantizer.scale, quantizer.offset, 0};
+    *buffers.terms = {quantizer.scale, quantizer.offset - (p.depthwise ? 0 : kernels.byte_bias), 0};
     for (int64_t first = 0; first < p.a.n; first += chunk) {
         run_chunk(p, kernels, quantizer, buffers, first, std::min(chunk, p.a.n - first), rows_scratch,
                   pixel_offsets);

@@ -1,10 +1,14 @@
 // Chooses the table of kernels for the instruction set the caller names. What the machine has is asked of the
 // CPU (and, through the compiler's helper, of the operating system, which must save the wide registers); what
-// this build has is BITWRIGHT_X86.
+// this build has is BITWRIGHT_X86 or BITWRIGHT_ARM.
 #include "dispatch.h"
 
 #include <stdexcept>
 #include <string>
+
+#if defined(BITWRIGHT_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace bitwright {
 
@@ -20,11 +24,25 @@ bool has_avx2() { return false; }
 bool has_avx512_vnni() { return false; }
 #endif
 
+#if defined(BITWRIGHT_ARM) && defined(__ARM_FEATURE_DOTPROD)
+bool has_neon_dotprod() { return true; }  // the whole program needs it, as on every Mac
+#elif defined(BITWRIGHT_ARM) && defined(__linux__)
+bool has_neon_dotprod() {
+    constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+}
+#else
+bool has_neon_dotprod() { return false; }
+#endif
+
 const Kernels& kernels(int isa) {
     if (isa == static_cast<int>(Isa::kPortable)) return *portable_kernels();
 #if defined(BITWRIGHT_X86)
     if (isa == static_cast<int>(Isa::kAvx2) && has_avx2()) return *avx2_kernels();
     if (isa == static_cast<int>(Isa::kAvx512Vnni) && has_avx512_vnni()) return *avx512_kernels();
+#endif
+#if defined(BITWRIGHT_ARM)
+    if (isa == static_cast<int>(Isa::kNeonDotprod) && has_neon_dotprod()) return *neon_kernels();
 #endif
     throw std::invalid_argument("instruction set " + std::to_string(isa) +
                                 " is not available on this machine");

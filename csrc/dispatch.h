@@ -1,4 +1,4 @@
-// What the drivers (linear.cpp, conv.cpp, elementwise.cpp) and the three instruction sets share: plain
+// What the drivers (linear.cpp, conv.cpp, elementwise.cpp) and the instruction sets share: plain
 // structs and one table of function pointers per instruction set. No templates and no inline functions here:
 // a header that is compiled with different -m flags must not emit shared code, or the linker could keep the
 // AVX-512 copy for every machine.
@@ -21,7 +21,8 @@
 //
 // Quantized activations are bytes
 //   8 bit weights: code + (qmin < 0 ? 128 : 0), unsigned. Signed weights times unsigned activations need no
-//   row sums, and padding weights (0) make any padding activation harmless.
+//   row sums, and padding weights (0) make any padding activation harmless. An instruction set that multiplies
+//   signed bytes only takes `byte_bias` = 128 off each byte as it reads it; `zero` below is that much smaller.
 //   4 and 2 bit weights: code - (qmax > 127 ? 128 : 0), signed, padded with 0. Here the weights are the
 //   unsigned side, which saves their sign extension, and the row term carries 8 (or 2) times the row's sum.
 //   Either way, modulo 2^32 and with the terms of `RowTerms`:
@@ -154,7 +155,7 @@ struct Decoded {
 };
 
 struct Kernels {
-    float (*absmax)(const float* x, int64_t count);
+    float (*absmax)(const float* x, int64_t count);  // infinity where an element is not finite
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
@@ -173,16 +174,19 @@ struct Kernels {
                     double* square);
     int64_t tile_rows;  // what the matrix kernel takes at once
     int64_t tile_blocks;
+    int32_t byte_bias;  // what the matrix kernels take off activations for 8-bit weights
 };
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2, kNeonDotprod = 3 };
 
 bool has_avx2();
 bool has_avx512_vnni();
+bool has_neon_dotprod();
 
 // The table of an instruction set; throws std::invalid_argument where this build or this machine lacks it.
 const Kernels& kernels(int isa);

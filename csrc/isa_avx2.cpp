@@ -30,6 +30,7 @@ struct Avx2 {
     static constexpr int kPixels = 4;
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 2;
+    static constexpr int kByteBias = 0;
     using Table = F;
 
     static BW_INLINE __m256i load_half(const void* p) {

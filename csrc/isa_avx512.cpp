@@ -20,6 +20,7 @@ struct Avx512 {
     static constexpr int kPixels = 8;
     static constexpr int kDecodedRows = 12;
     static constexpr int kSingleBlocks = 4;
+    static constexpr int kByteBias = 0;
     using Table = __m512;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }

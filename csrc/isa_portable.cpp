@@ -33,6 +33,7 @@ struct Portable {
     static constexpr int kPixels = 2;
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 1;
+    static constexpr int kByteBias = 0;
     using Table = F;
 
     template <class V, class Fn>

@@ -21,7 +21,7 @@ const Kernels* table() {
         {decode_panel<S, 8>, decode_panel<S, 4>, decode_panel<S, 3>, decode_panel<S, 2>},
         depthwise_row<S>,   add_run<S>,
         centred_codes<S>,   straight_through<S>, moments_run<S>,
-        S::kTileRows,       S::kTileBlocks,
+        S::kTileRows,       S::kTileBlocks,     S::kByteBias,
     };
     return &kernels;
 }

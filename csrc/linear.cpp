@@ -38,7 +38,7 @@ void check(const Linear& a) {
     require(a.group_size >= 0 && (a.group_size == 0 || a.k % a.group_size == 0), "groups must divide the inputs");
     require(a.group_size % unit_inputs(a.bits) == 0, "groups must hold whole units of codes");
     require(a.scale_stride == 0 || a.scale_stride == 1, "scale stride must be 0 or 1");
-    require(a.dynamic || a.scale != nullptr, "a static quantizer needs a scale");
+    require(a.dynamic || a.scale != nullptr || a.m == 0, "a static quantizer needs a scale");
     require(!a.dynamic || (a.zero == nullptr && a.range.qmax > 0), "a dynamic quantizer is symmetric");
     require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr && a.w_sum != nullptr),
             "null pointer");
@@ -89,7 +89,7 @@ void quantize_row(const Linear& a, const Kernels& kernels, const Rows& rows, int
     const float* x = a.x + (first + i) * a.k;
     const uint32_t half = a.bits == 8 ? 0 : 1u << (a.bits - 1);
     std::memset(bytes + a.k, 0, static_cast<size_t>(rows.stride - a.k));
-    rows.terms[i] = {quantizer.scale, quantizer.offset, 0};
+    rows.terms[i] = {quantizer.scale, quantizer.offset - (a.bits == 8 ? kernels.byte_bias : 0), 0};
     for (int64_t group = 0; group < scale_groups(a); ++group) {
         const int64_t begin = group * a.group_size;
         const int32_t sum = kernels.quantize(x + begin, a.group_size, quantizer, bytes + begin);
@@ -98,6 +98,15 @@ void quantize_row(const Linear& a, const Kernels& kernels, const Rows& rows, int
     if (a.group_size > 0) return;
     const int32_t sum = kernels.quantize(x, a.k, quantizer, bytes);
     rows.terms[i].constant = static_cast<int32_t>(half * static_cast<uint32_t>(sum));
+}
+
+// A row with NaN or an infinity has no range to take a scale from.
+void check_scales(const Rows& rows, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (rows.terms[i].scale <= FLT_MAX) continue;
+        throw std::overflow_error("row " + std::to_string(first + i) + " of x has no dynamic scale: it holds NaN or an "
+                                  "infinity; clean the data first");
+    }
 }
 
 // `count` rows from row `begin` of the chunk that starts at row `first` of x.
@@ -136,6 +145,7 @@ void run_chunk(const Linear& a, const Kernels& kernels, const Rows& rows, int64_
         const Range mine = share(count, 1, index, team);
         for (int64_t i = mine.begin; i < mine.end; ++i) quantize_row(a, kernels, rows, first, i);
     });
+    if (a.dynamic) check_scales(rows, first, count);
     const int64_t run_offset = 0;
     const auto strip_at = [&](int64_t i) {
         const int64_t begin = i * kStripRows;

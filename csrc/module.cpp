@@ -25,6 +25,7 @@ std::vector<std::string> features() {
     std::vector<std::string> found;
     if (has_avx2()) found.emplace_back("avx2");
     if (has_avx512_vnni()) found.emplace_back("avx512_vnni");
+    if (has_neon_dotprod()) found.emplace_back("neon_dotprod");
     return found;
 }
 

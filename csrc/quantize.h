@@ -4,6 +4,9 @@
 // applied first and `max` returns its second operand then.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
+
 #include "dispatch.h"
 #include "simd.h"
 
@@ -29,15 +32,24 @@ struct Quantize {
 
 template <class S>
 float absmax_run(const float* x, int64_t count) {
+    const typename S::F largest = S::set(FLT_MAX);
     typename S::F top = S::set(0.0f);
+    typename S::F finite = S::set(1.0f);
+    const auto take = [&](const float* p) {
+        const typename S::F size = S::abs(S::load(p));
+        finite = S::keep(finite, size, largest);
+        top = S::max(size, top);
+    };
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) top = S::max(S::abs(S::load(x + i)), top);
+    for (; i + kLanes <= count; i += kLanes) take(x + i);
     float lanes[kLanes] = {};
     for (int64_t j = 0; i + j < count; ++j) lanes[j] = x[i + j];
-    top = S::max(S::abs(S::load(lanes)), top);
+    take(lanes);
+    float flags[kLanes];
     S::store(lanes, top);
+    S::store(flags, finite);
     float best = 0.0f;
-    for (float lane : lanes) best = lane > best ? lane : best;
+    for (int64_t j = 0; j < kLanes; ++j) best = flags[j] == 0.0f ? INFINITY : lanes[j] > best ? lanes[j] : best;
     return best;
 }
 

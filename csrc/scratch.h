@@ -9,15 +9,26 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)  // each piece is an allocation of its own to the address sanitizer
+#include <sanitizer/asan_interface.h>
+#define BW_HIDE(begin, bytes) ASAN_POISON_MEMORY_REGION(begin, bytes)
+#define BW_SHOW(begin, bytes) ASAN_UNPOISON_MEMORY_REGION(begin, bytes)
+#else
+#define BW_HIDE(begin, bytes) (void)0
+#define BW_SHOW(begin, bytes) (void)0
+#endif
+
 namespace bitwright {
 
 class Scratch {
 public:
     explicit Scratch(size_t bytes) : memory_(held()) {
-        if (memory_.size >= bytes) return;
-        memory_.release();
-        memory_.data = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}));
-        memory_.size = bytes;
+        if (memory_.size < bytes) {
+            memory_.release();
+            memory_.data = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}));
+            memory_.size = bytes;
+        }
+        BW_HIDE(memory_.data, memory_.size);
     }
     ~Scratch() {
         if (memory_.size > kKeep) memory_.release();
@@ -30,13 +41,14 @@ public:
     T* take(int64_t count) {
         uint8_t* begin = memory_.data + used_;
         used_ += bytes<T>(count);
+        BW_SHOW(begin, static_cast<size_t>(count) * sizeof(T));
         return reinterpret_cast<T*>(begin);
     }
 
     // What `take` consumes; callers add these up for the constructor.
     template <class T>
     static size_t bytes(int64_t count) {
-        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kGap;
     }
 
 private:
@@ -44,6 +56,7 @@ private:
         uint8_t* data = nullptr;
         size_t size = 0;
         void release() {
+            BW_SHOW(data, size);
             ::operator delete(data, std::align_val_t{64});
             data = nullptr;
             size = 0;
@@ -51,6 +64,11 @@ private:
         ~Memory() { release(); }
     };
     static constexpr size_t kKeep = size_t{64} << 20;
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t kGap = 64;  // hidden
+#else
+    static constexpr size_t kGap = 0;
+#endif
 
     static Memory& held() {
         thread_local Memory memory;

@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__GNUC__) || defined(__clang__)
+#if defined(__SANITIZE_ADDRESS__)  // with its checks, inlined and unrolled code would take minutes to compile
+#define BW_INLINE inline
+#define BW_NOINLINE
+#elif defined(__GNUC__) || defined(__clang__)
 #define BW_INLINE inline __attribute__((always_inline))
 #define BW_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
@@ -17,7 +20,9 @@
 #define BW_NOINLINE
 #endif
 
-#if defined(__clang__)
+#if defined(__SANITIZE_ADDRESS__)
+#define BW_UNROLL
+#elif defined(__clang__)
 #define BW_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 #define BW_UNROLL _Pragma("GCC unroll 16")

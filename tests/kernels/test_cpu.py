@@ -191,7 +191,7 @@ def test_nan_is_harmless(isa: str) -> None:
     codes, scale, _ = weights((5, 40), 8, g)
     x = torch.randn(3, 40, generator=g)
     x[1] = torch.nan
-    for act in (ACTS["int8"], ACTS["uint8 zero 93"], Act(-127, 127, None)):
+    for act in (ACTS["int8"], ACTS["uint8 zero 93"]):
         got = run_linear(isa, x, codes, scale, None, act, 8)
         assert torch.equal(got[::2], expect_linear(x[::2], codes, scale, None, act))
 

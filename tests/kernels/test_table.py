@@ -12,10 +12,12 @@ from bitwright.kernels.table import KERNELS, explain, select
 from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QParams, QuantSpec
 
-ALL = frozenset({"native", "avx2", "avx512_vnni"})
+X86 = frozenset({"native", "avx2", "avx512_vnni"})
+ALL = X86 | {"neon_dotprod"}
 SUBSETS = {
-    "avx512_vnni": ALL,
+    "avx512_vnni": X86,
     "avx2": frozenset({"native", "avx2"}),
+    "neon_dotprod": frozenset({"native", "neon_dotprod"}),
     "portable": frozenset({"native"}),
     "reference": frozenset(),
 }
@@ -95,11 +97,14 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
         ("linear/groups/avx512_vnni", "needs avx512_vnni"),
         ("linear/avx2", "taken"),
         ("linear/groups/avx2", "needs several scales per output"),
+        ("linear/neon_dotprod", "needs neon_dotprod"),
+        ("linear/groups/neon_dotprod", "needs neon_dotprod"),
         ("linear/portable", "comes after linear/avx2"),
         ("linear/groups/portable", "needs several scales per output"),
         ("linear/reference", "comes after linear/avx2"),
         ("linear/decode/avx512_vnni", "needs avx512_vnni"),
         ("linear/decode/avx2", "comes after linear/avx2"),
+        ("linear/decode/neon_dotprod", "needs neon_dotprod"),
         ("linear/decode/portable", "comes after linear/avx2"),
         ("linear/decode", "comes after linear/avx2"),
     ]

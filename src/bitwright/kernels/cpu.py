@@ -14,21 +14,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bitwright.errors import KernelError
+from bitwright.errors import KernelError, NumericsError
 
 try:
     import bitwright._native as native  # pyright: ignore[reportMissingImports]
 except ImportError:
     native: Any = None
 
-ISA: dict[str, int] = {"portable": 0, "avx2": 1, "avx512_vnni": 2}
+ISA: dict[str, int] = {"portable": 0, "avx2": 1, "avx512_vnni": 2, "neon_dotprod": 3}
 """Instruction sets by their name in ``cpu_features()``; ``portable`` runs wherever the module was built."""
 
 
 def cpu_features() -> frozenset[str]:
     """What machine and installation offer: ``native`` when built, and the instruction sets among ``ISA``.
 
-    >>> cpu_features() <= {"native", "avx2", "avx512_vnni"}
+    >>> cpu_features() <= {"native", "avx2", "avx512_vnni", "neon_dotprod"}
     True
     """
     return _FEATURES
@@ -36,7 +36,7 @@ def cpu_features() -> frozenset[str]:
 
 _FEATURES: frozenset[str] = frozenset() if native is None else frozenset(["native", *native.features()])
 BEST_ISA = max((ISA[name] for name in _FEATURES if name in ISA), default=ISA["portable"])
-"""The widest instruction set of this machine."""
+"""The widest instruction set of this machine; x86 and Arm names never meet."""
 
 
 def pack_linear(codes: Tensor, bits: int) -> Tensor:
@@ -100,6 +100,8 @@ def _linear(
         )  # fmt: skip
     except ValueError as error:
         _refuse("linear", error)
+    except OverflowError as error:  # of the range of a dynamic quantizer
+        raise NumericsError(f"linear: {error}") from error
     return y
 
 
@@ -245,6 +247,15 @@ def _check_outputs(
         raise KernelError(f"weight_sum must be {n} int32, got {weight_sum.numel()} {weight_sum.dtype}")
     bias = None if bias is None else _parameter(bias, (n,), "bias")
     return _parameter(weight_scale, (n,), "weight_scale"), weight_sum.contiguous(), bias
+
+
+def fills(x: Tensor, dtype: torch.dtype, count: int) -> bool:
+    """Whether a tensor is ``count`` elements of a type in one piece of memory, as native code reads it.
+
+    >>> fills(torch.zeros(4), torch.float32, 4), fills(torch.zeros(8)[::2], torch.float32, 4)
+    (True, False)
+    """
+    return x.dtype is dtype and x.numel() == count and x.is_contiguous()
 
 
 def _check_layout(weight: Tensor, expected: int) -> None:

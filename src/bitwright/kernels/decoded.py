@@ -104,11 +104,13 @@ def _decoded_linear(
         raise KernelError(f"decoded_linear: x must be float32 with at least one dimension, got {x.dtype}")
     x, k = x.contiguous(), x.shape[-1]
     y = torch.empty((*x.shape[:-1], outputs))
-    if layout.numel() != cpu.native.decoded_layout_bytes(bits, outputs, k):
-        raise KernelError(f"decoded_linear: {layout.numel()} bytes of weights do not fit {outputs} x {k} codes")
+    weight = DecodedWeight(layout, table, scales, zeros)
+    try:
+        _check_weight(weight, bias, (outputs, k, group_size, bits))
+    except ValueError as error:
+        raise KernelError(f"decoded_linear: {error}") from error
     m = y.numel() // outputs if outputs else 0
     if m > _FEW_ROWS and k:
-        weight = DecodedWeight(layout, table, scales, zeros)
         return _by_panels(x, weight, bias, y, (group_size or k, bits, isa))
     try:
         cpu.native.decoded_linear(
@@ -119,6 +121,18 @@ def _decoded_linear(
     except ValueError as error:
         raise KernelError(f"decoded_linear: {error}") from error
     return y
+
+
+def _check_weight(weight: DecodedWeight, bias: Tensor | None, sizes: tuple[int, int, int, int]) -> None:
+    n, k, group_size, bits = sizes
+    if group_size < 0 or (group_size and k % group_size):
+        raise KernelError(f"decoded_linear: groups of {group_size} do not divide {k} inputs")
+    if not cpu.fills(weight.layout, torch.uint8, cpu.native.decoded_layout_bytes(bits, n, k)):
+        raise KernelError(f"decoded_linear: {weight.layout.numel()} bytes of weights do not fit {n} x {k} codes")
+    count = -(-n // LANES) * max(k // group_size if group_size else 1, 1) * LANES
+    constants = [(weight.table, 16), (weight.scales, count), (weight.zeros, count), (bias, n)]
+    if not all(part is None or cpu.fills(part, torch.float32, size) for part, size in constants):
+        raise KernelError(f"decoded_linear: table, scales, zeros or bias do not fit {n} x {k} codes")
 
 
 def _by_panels(

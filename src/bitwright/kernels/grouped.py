@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitwright.errors import KernelError
+from bitwright.errors import KernelError, NumericsError
 from bitwright.kernels import cpu
 from bitwright.kernels.reference import not_integers
 from bitwright.numerics.qtensor import QTensor
@@ -70,9 +70,9 @@ def _grouped_linear(
     rows = 1 if scale is None else scale.numel()
     if rows not in (1, m) or (zero_point is not None and (scale is None or zero_point.numel() != rows)):
         raise KernelError(f"grouped_linear: {rows} scales and their zero points do not fit {m} rows")
-    _check_weight(weight, weight_scale, weight_sum, bias, (outputs, k, group_size, bits))
-    scale, zero_point = (None if part is None else part.contiguous() for part in (scale, zero_point))
+    scale, zero_point = (None if part is None else part.float().contiguous() for part in (scale, zero_point))
     try:
+        _check_weight(weight, weight_scale, weight_sum, bias, (outputs, k, group_size, bits))
         cpu.native.grouped_linear(
             isa, bits, x.data_ptr(), m, k, outputs, _address(scale), _address(zero_point), int(rows != 1),
             scale is None, qmin, qmax, weight.data_ptr(), weight_scale.data_ptr(), weight_sum.data_ptr(),
@@ -80,6 +80,8 @@ def _grouped_linear(
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"grouped_linear: {error}") from error
+    except OverflowError as error:  # of the range of a dynamic quantizer
+        raise NumericsError(f"grouped_linear: {error}") from error
     return y
 
 
@@ -90,9 +92,11 @@ def _check_weight(
     if group_size < 1 or k % group_size:
         raise KernelError(f"grouped_linear: groups of {group_size} do not divide {k} inputs")
     shape = (-(-n // LANES), k // group_size, LANES)
-    if weight.numel() != cpu.native.linear_layout_bytes(bits, n, k):
+    if not cpu.fills(weight, torch.uint8, cpu.native.linear_layout_bytes(bits, n, k)):
         raise KernelError(f"grouped_linear: {weight.numel()} bytes of weights do not fit {n} x {k} codes")
-    if scale.shape != shape or sums.shape != shape or (bias is not None and bias.numel() != n):
+    count, fits = shape[0] * shape[1] * LANES, scale.shape == sums.shape == shape
+    constants = cpu.fills(scale, torch.float32, count) and cpu.fills(sums, torch.int32, count)
+    if not (fits and constants and (bias is None or cpu.fills(bias, torch.float32, n))):
         raise KernelError(f"grouped_linear: scales, sums or bias do not fit {n} x {k} codes in groups of {group_size}")
 
 

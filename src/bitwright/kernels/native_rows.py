@@ -16,7 +16,7 @@ from bitwright.numerics.spec import QuantSpec
 
 # int32 accumulators hold K products of a byte with a signed byte up to here.
 _LARGEST_K = 65536
-_ISAS = ("avx512_vnni", "avx2", "portable")
+_ISAS = ("avx512_vnni", "avx2", "neon_dotprod", "portable")
 
 
 def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.errors import KernelError
 from bitwright.kernels import cpu
 from bitwright.kernels.grouped import lanes
 
@@ -28,6 +29,7 @@ def blocks_of(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _weight_codes(weight: Tensor, scale: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
     blocks, scale = blocks_of(weight, scale).contiguous(), scale.contiguous()
+    _check("weight_codes", (blocks, scale), scale, len(blocks))
     codes = torch.empty(weight.shape, dtype=torch.int8)
     sums = torch.empty(len(blocks), dtype=torch.int32)
     cpu.native.weight_codes(
@@ -82,6 +84,7 @@ def _encoded_conv2d_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _centred_codes(x: Tensor, scale: Tensor, zero: Tensor | None, bounds: list[int], narrow: bool) -> Tensor:
     x = _dense(x)
+    _check("centred_codes", (x, scale, zero), scale, 1)
     out = _centred_codes_shape(x, scale, zero, bounds, narrow)
     wide, half = (0, out.data_ptr()) if narrow else (out.data_ptr(), 0)
     cpu.native.centred_codes(
@@ -100,6 +103,10 @@ def _straight_through(
 ) -> tuple[Tensor, Tensor]:
     x, scale = _dense(x) if rows == 1 else x.contiguous(), scale.contiguous()
     grad = grad.contiguous(memory_format=_format(x))
+    wide = None if grad.dtype is torch.bfloat16 else grad
+    _check("straight_through", (x, wide, scale, zero), scale, rows)
+    if grad.shape != x.shape or x.numel() % rows:
+        raise KernelError(f"straight_through: {list(x.shape)} in {rows} rows, gradient {list(grad.shape)}")
     dx, sums = torch.empty_like(x), torch.zeros(3, rows)
     wide, half = (0, grad.data_ptr()) if grad.dtype is torch.bfloat16 else (grad.data_ptr(), 0)
     cpu.native.straight_through(
@@ -117,12 +124,21 @@ def _straight_through_shape(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor
 def _moments(y: Tensor, origin: Tensor) -> Tensor:
     channels = origin.numel()
     y, origin = (y.permute(0, 2, 3, 1) if y.dim() == 4 else y).contiguous(), origin.contiguous()
+    _check("moments", (y, origin), origin, y.shape[-1])
     sums = torch.empty(2, channels, dtype=torch.float64)
     cpu.native.moments(
         cpu.BEST_ISA, y.data_ptr(), y.numel() // channels, channels, origin.data_ptr(), sums[0].data_ptr(),
         sums[1].data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
+
+
+def _check(op: str, floats: tuple[Tensor | None, ...], scale: Tensor, rows: int) -> None:
+    for part in floats:
+        if part is not None and part.dtype is not torch.float32:
+            raise KernelError(f"{op}: takes float32, got {part.dtype}")
+    if scale.numel() not in (1, rows):
+        raise KernelError(f"{op}: {scale.numel()} values do not fit {rows} rows")
 
 
 def _dense(x: Tensor) -> Tensor:

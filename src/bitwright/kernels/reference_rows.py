@@ -17,6 +17,16 @@ from bitwright.numerics.spec import QParams, QuantSpec
 Product = Callable[..., Tensor]
 
 
+def _codes(x: Tensor, input: Activation) -> Codes:
+    """Codes of an activation; NaN becomes the lowest code, as in native code."""
+    spec, qparams = input
+    codes = codes_of(x, spec, qparams)
+    if qparams is None or not spec.format.is_integer:
+        return codes
+    lowest = spec.format.qmin - (0.0 if qparams.zero_point is None else qparams.zero_point)
+    return codes._replace(values=codes.values.where(~codes.values.isnan(), lowest))
+
+
 def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
     return Codes(packed.layout.float(), packed.scale, largest_code(weight))
 
@@ -26,7 +36,7 @@ def _decoded_weight(packed: Packed, weight: QuantSpec) -> Tensor:
 
 
 def _integer_linear(x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation) -> Tensor:
-    return reference.linear(codes_of(x, *input), _integer_weight(packed, weight), bias)
+    return reference.linear(_codes(x, input), _integer_weight(packed, weight), bias)
 
 
 def _decoding_linear(
@@ -40,7 +50,7 @@ def _integer_conv(
 ) -> Tensor:
     filters = _as_2d(_integer_weight(packed, weight).values)
     codes = _integer_weight(packed, weight)._replace(values=filters)
-    return reference.conv2d(codes_of(x, *input), codes, bias, geometry)
+    return reference.conv2d(_codes(x, input), codes, bias, geometry)
 
 
 def _decoding_conv(
@@ -53,7 +63,7 @@ def _decoding_conv(
 def _integer_volume(
     run: Product, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation, *g: object
 ) -> Tensor:
-    return run(codes_of(x, *input), _integer_weight(packed, weight), bias, *g)
+    return run(_codes(x, input), _integer_weight(packed, weight), bias, *g)
 
 
 def _decoding_volume(
@@ -73,11 +83,11 @@ def _gather(ids: Tensor, packed: Packed, weight: QuantSpec) -> Tensor:
 
 
 def _reference_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
-    return reference.add(codes_of(a, *left), codes_of(b, *right))
+    return reference.add(_codes(a, left), _codes(b, right))
 
 
 def _reference_matmul(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
-    return reference.matmul(codes_of(a, *left), codes_of(b, *right))
+    return reference.matmul(_codes(a, left), _codes(b, right))
 
 
 _NONE: frozenset[str] = frozenset()

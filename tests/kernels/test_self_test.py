@@ -1,0 +1,38 @@
+"""The test program of the native kernels: sanitized here, and emulated on 64-bit Arm where the tools for it are."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made(target: str) -> str:
+    """What ``make`` prints for a target that has to succeed."""
+    done = subprocess.run(["make", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, ("make", "g++"))), reason="needs make and g++")
+def test_sanitizers_find_nothing() -> None:
+    out = made("sanitize")
+    assert "conv2d: 200 cases equal" in out
+    assert "refusals: as stated" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("make", "aarch64-linux-gnu-g++", "qemu-aarch64"))),
+    reason="needs make, g++-aarch64-linux-gnu and qemu-user",
+)
+def test_arm_computes_the_same() -> None:
+    out = made("arm")
+    assert "instruction sets: portable neon_dotprod\n" in out
+    assert "instruction sets: portable\n" in out  # a CPU without dot products
+    assert out.count("refusals: as stated") == 2
