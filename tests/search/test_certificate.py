@@ -221,6 +221,11 @@ def test_a_score_has_one_number_per_item(model: nn.Module, shipped: nn.Module, i
         bw.certify(model, shipped, items, score)
 
 
+def test_a_limit_is_a_number(model: nn.Module, shipped: nn.Module, items: Any) -> None:
+    with pytest.raises(CertificateError, match="got nan"):
+        bw.certify(model, shipped, items, right, max_drop=float("nan"))
+
+
 def test_only_converted_models_are_certified(model: nn.Module, simulated: nn.Module, items: Any) -> None:
     with pytest.raises(CertificateError, match="converted"):
         bw.certify(model, simulated, items, right)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 import bitwright as bw
 from bitwright.bench.measure import model_bytes
-from bitwright.errors import BitwrightError, CertificateError, SearchError
+from bitwright.errors import CertificateError, SearchError
 from bitwright.search.contenders import bit_operations, choices_of
 from bitwright.search.cost import plan_bytes
 from bitwright.search.matrix import Matrix
@@ -78,18 +79,15 @@ def test_json_holds_every_row(found: Matrix, tmp_path: Path) -> None:
     assert (tmp_path / "matrix.html").read_text() == found.to_html()
 
 
-def test_table_and_page_show_every_row() -> None:
-    net = made()
-    net.__class__ = type("A<b>", (type(net),), {})
-    found = compared(net, training=None)
+def test_table_and_page_show_every_row(found: Matrix) -> None:
+    found = replace(found, model="A<b>")
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(found.table())
     text, page = console.export_text(), found.to_html()
     check_page(page)
     assert "A&lt;b&gt;" in page
     assert "A<b>" not in page
-    assert "No training was asked for" in page
-    assert page.count("<circle") == len(found.rows) == 4
+    assert page.count("<circle") == len(found.rows) == 5
     for row in found.rows:
         assert f"{row.bytes:,}" in text
         assert f">{row.name}</text>" in page
@@ -118,7 +116,7 @@ def test_a_stopped_matrix_goes_on_after_its_last_row(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_matrix_is_refused(tmp_path: Path) -> None:
     model = made()
-    compared(model, work=tmp_path, training=None)
+    assert "No training was asked for" in compared(model, work=tmp_path, training=None).to_html()
     for changes, what in (({"presets": ("w8a8", "w4a4")}, "presets"), ({"training": training(model)}, "data")):
         with pytest.raises(SearchError, match=f"was written with {what}"):
             compared(model, work=tmp_path, **({"training": None} | changes))
@@ -142,8 +140,12 @@ def test_presets_without_integer_weights_have_no_mixed_row() -> None:
     model = made()
     with pytest.raises(SearchError, match="integer specs"):
         choices_of(bw.Plan.preset("fp16", model, CALIBRATION[0]))
-    with pytest.raises(BitwrightError):
-        compared(model, presets=("w8a8", "fp16"), training=None)
+    told: list[str] = []
+    with pytest.raises(SearchError, match="integer specs"):
+        compared(model, presets=("w8a8", "fp16"), training=None, say=told.append)
+    with pytest.raises(SearchError, match="at least 2 calibration batches"):
+        bw.matrix(model, CALIBRATION[:1], right, labelled(model, 5), say=told.append)
+    assert told == []  # before anything takes time
 
 
 def test_choices_keep_granularity_and_skip_float() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -121,6 +122,8 @@ def claimed(found: Paired, max_drop: float | None) -> Claim:
     """
     if max_drop is None:
         return Claim(None, CONFIDENCE, None)
+    if not math.isfinite(max_drop):
+        raise CertificateError(f"max_drop is a limit in units of the score, got {max_drop}")
     holds = found.upper < max_drop
     if not holds and (needed := found.needed(max_drop)) is not None:
         raise CertificateError(
@@ -167,16 +170,20 @@ def equality(simulated: nn.Module, shipped: nn.Module, batches: Sequence[Any]) -
     items = 0
     with torch.no_grad(), evaluating(simulated), evaluating(shipped):
         for batch in batches:
-            one, other = (tree_leaves(call(m, batch)) for m in (simulated, shipped))
-            items += next((len(leaf) for leaf in one if isinstance(leaf, Tensor) and leaf.dim()), 1)
-            if not _same(one, other):
+            one, other = _outputs(simulated, batch), _outputs(shipped, batch)
+            items += len(one[0]) if one[0].dim() else 1
+            if len(one) != len(other) or not all(torch.equal(a, b) for a, b in zip(one, other, strict=True)):
                 return Equality(False, items, _first_difference(simulated, shipped, batch))
     return Equality(True, items, "")
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
-    pairs = zip(one, other, strict=True) if len(one) == len(other) else [(0, 1)]
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    found = [leaf for leaf in tree_leaves(call(model, batch)) if isinstance(leaf, Tensor)]
+    if not found:
+        raise CertificateError(
+            f"{type(model).__name__} returned no tensors, so there is nothing to compare bit for bit"
+        )
+    return found
 
 
 def _first_difference(simulated: nn.Module, shipped: nn.Module, batch: Any) -> str:

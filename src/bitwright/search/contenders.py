@@ -53,6 +53,14 @@ class Contenders:
     score: Score
     work: Path | None
 
+    def check(self) -> None:
+        """Raise now what would end the last version: `SearchError` for too little data and for other presets."""
+        if len(self.inputs) < 2:
+            raise SearchError(
+                f"mixed precision needs at least 2 calibration batches, got {len(self.inputs)}; split them"
+            )
+        choices_of(self._plan(self.presets[1]))
+
     def makers(self) -> dict[str, Callable[[], nn.Module]]:
         """Functions that make the versions, by name, from the cheapest to the most expensive one."""
         found: dict[str, Callable[[], nn.Module]] = {

@@ -105,6 +105,7 @@ def matrix(
     calibration, held = list(batches), list(evaluation)
     place, first = None if work is None else Path(work), inputs(held[0]) if held else None
     contenders = Contenders(model, calibration, presets, tuple(steps), target, training, score, place)
+    contenders.check()
     kept = _Kept(place, _identity(contenders, held, inputs), model)
     before, item = scores_of(model, FLOAT, held, score), one_item(first)
     bops = bit_operations(model, None, item)
