@@ -6,12 +6,12 @@ the classifier have 8 bits, residual adds too. Calibration: 512 training images;
 2,000 others; the 10,000 test images are read once per run, after training. Drops are paired with the control of one
 seed. Writes results/qat_resnet20.json after every run and continues from it.
 
-The longer budgets of the other commands are for two and three bits on both sides (PACT, Choi 2018, table 2); their
-controls too. Over 2,226 steps accuracy on 2,000 images is too coarse to choose a state: there the loss does.
+The longer budget of the other commands is for two and three bits on both sides (PACT, Choi 2018, table 2); its control
+too. Accuracy on 2,000 images is a coarse score to choose a state by; ``--by-loss`` takes their cross entropy.
 
     python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
     python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2 W3A3
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --epochs 6 --by-loss --only control W3A3
+    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only W3A3 --by-loss
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ def run(setting: str, images: Images, data: list[Batch], options: argparse.Names
     return row
 
 
+def key_of(setting: str, seed: int, budget: str, options: argparse.Namespace) -> str:
+    """Name of a row in the results."""
+    return f"{setting} seed {seed}{budget}" + (" by loss" if options.by_loss and setting != "control" else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -171,7 +176,7 @@ def main() -> None:
         data = batches(images, seed, options.epochs)
         for setting in options.only:
             results = json.loads(path.read_text()) if path.exists() else {}
-            key = f"{setting} seed {seed}{budget}"
+            key = key_of(setting, seed, budget, options)
             if key in results and not options.validation_only:
                 continue
             torch.manual_seed(seed)
@@ -186,7 +191,7 @@ def summarise(results: dict[str, dict[str, object]], options: argparse.Namespace
     """Top-1 and paired drops against the control of the same seed; the interval covers the test images."""
     for setting in (name for name in options.only if name != "control"):
         for seed in options.seeds:
-            rows = [results.get(f"{name} seed {seed}{budget}") for name in ("control", setting)]
+            rows = [results.get(key_of(name, seed, budget, options)) for name in ("control", setting)]
             if None in rows:
                 continue
             control, scores = (torch.tensor(row["right"], dtype=torch.float32) for row in rows if row is not None)
