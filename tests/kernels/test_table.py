@@ -14,6 +14,7 @@ from bitwright.numerics.spec import QParams, QuantSpec
 
 X86 = frozenset({"native", "avx2", "avx512_vnni"})
 ALL = X86 | {"neon_dotprod"}
+GPU = frozenset({"cuda", "triton"})
 SUBSETS = {
     "avx512_vnni": X86,
     "avx2": frozenset({"native", "avx2"}),
@@ -83,10 +84,10 @@ def test_every_row_has_its_own_name_and_can_be_reached() -> None:
     names = [kernel.name for kernel in KERNELS]
     assert len(set(names)) == len(names)
     assert all(kernel.name.split("/")[0] == kernel.op for kernel in KERNELS)
-    assert {need for kernel in KERNELS for need in kernel.requires} <= ALL
+    assert {need for kernel in KERNELS for need in kernel.requires} <= ALL | GPU
     reached = {chosen(op, weight, input, f, (8, 16)) for op in {kernel.op for kernel in KERNELS}
                for weight in ("int8", "int8/group8", "fp16") for input in ("int8", None)
-               for f in SUBSETS.values()}  # fmt: skip
+               for f in (*SUBSETS.values(), GPU)}  # fmt: skip
     assert reached == set(names)
 
 
@@ -101,11 +102,13 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
         ("linear/groups/neon_dotprod", "needs neon_dotprod"),
         ("linear/portable", "comes after linear/avx2"),
         ("linear/groups/portable", "needs several scales per output"),
+        ("linear/triton", "needs cuda, triton"),
         ("linear/reference", "comes after linear/avx2"),
         ("linear/decode/avx512_vnni", "needs avx512_vnni"),
         ("linear/decode/avx2", "comes after linear/avx2"),
         ("linear/decode/neon_dotprod", "needs neon_dotprod"),
         ("linear/decode/portable", "comes after linear/avx2"),
+        ("linear/decode/triton", "needs cuda, triton"),
         ("linear/decode", "comes after linear/avx2"),
     ]
     reasons = dict(explain("conv", QuantSpec.parse("nf4/channel"), None, (8, 3, 3, 3), frozenset()))

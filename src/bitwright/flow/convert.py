@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
+import torch
 from torch import nn
 
 from bitwright.errors import ModelError
 from bitwright.flow.prepare import plan_of
 from bitwright.flow.ship import SHIPPED
-from bitwright.kernels.cpu import cpu_features
+from bitwright.kernels.device import device_features
 from bitwright.lowbit.attention import LowbitOperation
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
@@ -23,8 +25,9 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
     """The shipped model in eval mode: packed low-bit layers, no simulation, no float copy of a quantized weight.
 
     In eval mode its output equals the simulated model's bit for bit (contract C2). ``features`` restricts the
-    kernels to those CPU features (default: this machine's; ``frozenset()`` takes the torch reference rows). Raises
-    `ModelError` for a model that was not prepared and calibrated.
+    kernels to those features (default: those of the device each module lies on; ``frozenset()`` takes the torch
+    reference rows); a layer that later moves to another kind of device chooses anew. Raises `ModelError` for a model
+    that was not prepared and calibrated.
     """
     plan = plan_of(model)
     waiting = [q.site for q in model.modules() if isinstance(q, Quantizer) and q.stage is not Stage.SIMULATE]
@@ -33,12 +36,11 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
     if not any(isinstance(module, Simulated) for module in model.modules()):
         raise ModelError("this model has no simulated layers: it was converted already")
     model = model if inplace else copy.deepcopy(model)
-    features = cpu_features() if features is None else features
     packed: dict[tuple[int, int], QTensor] = {}
     shipped: dict[nn.Module, nn.Module | None] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):  # a module may be registered twice
         if module not in shipped:
-            shipped[module] = _shipped(module, features, packed)
+            shipped[module] = _shipped(module, _features(module, features), packed)
         if new := shipped[module]:
             _replace(model, path, new)
     model = shipped[model] or model
@@ -49,6 +51,14 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
 def is_converted(model: nn.Module) -> bool:
     """Whether a model holds shipped layers."""
     return any(isinstance(module, (LowbitLayer, LowbitAdd, LowbitOperation)) for module in model.modules())
+
+
+def _features(module: nn.Module, given: frozenset[str] | None) -> frozenset[str]:
+    """The features given, else those of the device that a module lies on."""
+    if given is not None:
+        return given
+    part = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return device_features(torch.device("cpu") if part is None else part.device)
 
 
 def _shipped(module: nn.Module, features: frozenset[str], packed: dict[tuple[int, int], QTensor]) -> nn.Module | None:

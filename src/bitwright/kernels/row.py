@@ -34,7 +34,7 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One row: ``refuses`` says why it cannot serve a pair of specs (empty = it can), ``requires`` CPU features."""
+    """One row: ``refuses`` says why it cannot serve a pair of specs (empty = it can), ``requires`` device features."""
 
     name: str
     op: str

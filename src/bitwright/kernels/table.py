@@ -1,21 +1,24 @@
 """The kernel table: which function computes an operator for a pair of specs on a machine.
 
 Rows are tried in order and the first that serves is taken, so the choice is a pure function of operator, specs, shape
-and CPU features. Every row lays out its own weights once (`pack`) and must equal the reference row bit for bit where
-both operands are integers (contract C2); rows with float operands keep the codes exact (contract C3).
+and the features of a device (`device.device_features`). Every row lays out its own weights once (`pack`) and must
+equal the reference row bit for bit where both operands are integers (contract C2); rows with float operands keep the
+codes exact (contract C3).
 """
 
 from __future__ import annotations
 
 from bitwright.errors import KernelError
-from bitwright.kernels import native_rows, reference_rows
+from bitwright.kernels import native_rows, reference_rows, triton_rows
 from bitwright.kernels.row import Kernel
 from bitwright.numerics.spec import QuantSpec
 
 KERNELS: tuple[Kernel, ...] = (
     *native_rows.INTEGER_ROWS,
+    triton_rows.INTEGER_ROW,
     *reference_rows.INTEGER_ROWS,
     *native_rows.DECODING_ROWS,
+    triton_rows.DECODING_ROW,
     *reference_rows.DECODING_ROWS,
     native_rows.ADD_ROW,
     *reference_rows.OPERATION_ROWS,
@@ -25,7 +28,7 @@ KERNELS: tuple[Kernel, ...] = (
 def select(
     op: str, weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...], features: frozenset[str]
 ) -> Kernel:
-    """The first row that serves an operator with these specs and weight shape on a CPU with these features.
+    """The first row that serves an operator with these specs and weight shape on a device with these features.
 
     >>> int8, uint8 = QuantSpec.parse("int8/channel"), QuantSpec.parse("uint8/asym")
     >>> select("linear", int8, uint8, (8, 16), frozenset()).name

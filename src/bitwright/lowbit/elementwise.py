@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from torch import Tensor, nn
 
 from bitwright.kernels import table
+from bitwright.kernels.device import device_features
 from bitwright.kernels.row import Activation
 from bitwright.numerics.spec import QParams
 
@@ -27,7 +31,17 @@ class LowbitAdd(nn.Module):
             self.register_buffer(
                 f"input_zero_point_{number}", None if zero_point is None else zero_point.detach().clone()
             )
+        self._select(features)
+
+    def _select(self, features: frozenset[str]) -> None:
         self.kernel = table.select("add", self.input_specs[0], self.input_specs[1], (), features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.input_scale_0.device.type
+        super()._apply(fn, recurse)
+        if self.input_scale_0.device.type not in (before, "meta"):
+            self._select(device_features(self.input_scale_0.device))
+        return self
 
     @property
     def inputs(self) -> tuple[Activation, Activation]:

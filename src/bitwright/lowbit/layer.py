@@ -4,16 +4,20 @@ The buffers ``packed``, ``weight_scale``, ``weight_zero_point``, ``weight_codebo
 ``input_zero_point`` are what files hold (see `numerics.packing` for the bytes). Where scales are quantized themselves,
 ``weight_scale`` is None and they are ``weight_scale_packed``, ``weight_scale_scale`` and ``weight_scale_zero_point``.
 The kernel's layout is derived from them, is never saved, and is rebuilt after loading. No float weight is left.
+A layer that moves to another kind of device takes the row of the kernel table that serves it there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.kernels import table
+from bitwright.kernels.device import device_features
 from bitwright.kernels.row import Activation, Kernel, Packed
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QParams, QuantSpec
@@ -48,9 +52,22 @@ class LowbitLayer(nn.Module):
         self.register_buffer("input_scale", None if qparams is None else qparams.scale.detach().clone())
         zero_point = None if qparams is None or qparams.zero_point is None else qparams.zero_point.detach().clone()
         self.register_buffer("input_zero_point", zero_point)
-        self.kernel: Kernel = table.select(self.op, self.weight_spec, self.input_spec, self.shape, features)
+        self.kernel = self._select(features)
         self.lay_out()
         self.register_load_state_dict_post_hook(_lay_out_again)
+
+    def _select(self, features: frozenset[str]) -> Kernel:
+        return table.select(self.op, self.weight_spec, self.input_spec, self.shape, features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.packed.device.type
+        super()._apply(fn, recurse)
+        after = self.packed.device.type
+        if after not in (before, "meta"):
+            self.kernel = self._select(device_features(self.packed.device))
+            if before != "meta":  # else there are no codes yet, and loading them lays out
+                self.lay_out()
+        return self
 
     @property
     def weight_parts(self) -> list[Tensor]:
