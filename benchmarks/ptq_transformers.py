@@ -36,7 +36,6 @@ WEIGHTS: dict[str, Steps] = {
     "gptq, own inputs": (OWN,),
     "awq, gptq": ("awq", "gptq"),
     "gptq, rescaled": (RESCALED,),
-    "gptq, rescaled, blocks": (RESCALED, {"name": "brecq", "iterations": 300}),
 }
 BOTH: dict[str, Steps] = {
     "nearest": (),
