@@ -202,6 +202,7 @@ def test_a_real_process_reports_the_exit_code_without_a_traceback(folder):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:this process had the processor")
 def test_layers_are_timed_once_for_each_choice(folder, ok):
     ok("plan", "mymodel:build", "--data", "mymodel:batches", "-o", "timed.toml")
     command = ("measure-machine", "mymodel:build", "--data", "mymodel:batches", "--plan", "timed.toml")

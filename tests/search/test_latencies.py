@@ -6,13 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_nets import SPECS, WIDTHS, example, net, plan_of
 from torch import nn
@@ -29,6 +30,7 @@ from bitwright.search.speeds import speeds
 from bitwright.search.stopwatch import Timing
 from bitwright.search.workload import Specs, Workload, bytes_read
 
+pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine
 PROGRAM = Path(__file__).parent / "latency_nets.py"
 PATHS = ["blocks.0.0", "blocks.1.0", "out"]
 HARM = {"int2/channel": 1.0, "int4/channel": 0.1, "int8/channel": 0.0}
@@ -54,9 +56,9 @@ def synthetic(seconds: Mapping[str, float], whole: float = 1.0) -> LatencyTable:
     work = Workload(model, plan_of(model), example(), PATHS)
     rows = {work.whole: Timing(whole, 0.0, 1)}
     for path in PATHS:
-        for spec, time in seconds.items():
+        for spec, taken in seconds.items():
             specs = {**work.decided(path), "weight": bw.QuantSpec.parse(spec)}
-            rows |= {work.key(path, specs, made): Timing(time, 0.0, 1) for made in work.calls[path]}
+            rows |= {work.key(path, specs, made): Timing(taken, 0.0, 1) for made in work.calls[path]}
     return LatencyTable(rows)
 
 
@@ -131,6 +133,22 @@ def test_every_kind_of_layer_can_be_timed(tmp_path: Path) -> None:
     assert all(choice.cost.latency > 0 for layer in layers for choice in layer.choices)
 
 
+class Waiting(nn.Linear):
+    """Stands for a layer during which other programs run."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return super().forward(input)
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Waiting(4, 4), nn.Linear(4, 2)).eval()
+    plan = bw.Plan.preset("w8a8", model, torch.zeros(1, 4), sites={"1.*": None})
+    with pytest.warns(UserWarning, match=r"had the processor for \d+ % of the time.*delete .*latency-.*json"):
+        measure_machine(model, plan, torch.zeros(1, 4), {"0.weight": WIDTHS}, cache=tmp_path, seconds=0.0)
+
+
+@settings(max_examples=25)  # each one waits for the disk
 @given(
     st.dictionaries(st.text(max_size=20), st.tuples(POSITIVE, st.floats(0.0, 1e6), st.integers(1, 10**9)), max_size=8)
 )

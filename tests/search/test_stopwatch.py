@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,13 @@ def test_candidates_take_turns_and_use_their_copies_one_after_the_other() -> Non
     assert calls[:12] == ["a", "b", "x", "x", "c", "a", "x", "x", "b", "c", "x", "x"]  # every other call is timed
     assert len(calls) == 2 * 2 * (3 + 5)
     assert [row.count for row in found] == [5, 5]
+
+
+def test_the_share_of_the_processor_is_seen() -> None:
+    def asleep() -> None:
+        time.sleep(0.01)
+
+    assert in_turns([[asleep]], precision=0.0, seconds=0.0)[0].share < 0.5
 
 
 def test_equal_times_are_precise_after_thirty_rounds() -> None:

@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,6 +43,7 @@ from bitwright.search.workload import Specs as Decided
 
 VERSION = 1
 _MOST_COPIES = 64
+_IDLE = 0.8  # the share of the processor below which a machine is busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,8 @@ def measure_machine(
     ``float`` is one. A choice is timed until the standard error of its median is ``precision`` of it, or for
     ``seconds``. Rows of earlier calls, in the file of this machine in the folder ``cache``, are not timed again; new
     ones are written there layer by layer, so that the same call goes on after a kill. The number of threads is torch's.
-    Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model.
+    Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model; warns where other
+    programs kept the processor busy.
     """
     path = table_path(cache)
     table = LatencyTable.load(path) if path.exists() else LatencyTable()
@@ -174,6 +177,13 @@ def measure_machine(
             todo = {key: own for key, own in todo.items() if key not in table.rows}
             if todo:
                 table = note(todo, copies_of(work, place, list(todo.values()), made))
+    share = min(row.share for row in table.rows.values())
+    if share < _IDLE:
+        warnings.warn(
+            f"this process had the processor for {100 * share:.0f} % of the time while some rows were timed: other "
+            f"programs ran; stop them, delete {path} and measure again",
+            stacklevel=2,
+        )
     return table
 
 
