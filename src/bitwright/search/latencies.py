@@ -177,14 +177,18 @@ def measure_machine(
             todo = {key: own for key, own in todo.items() if key not in table.rows}
             if todo:
                 table = note(todo, copies_of(work, place, list(todo.values()), made))
+    _warn_if_busy(table, path)
+    return table
+
+
+def _warn_if_busy(table: LatencyTable, path: Path) -> None:
     share = min(row.share for row in table.rows.values())
     if share < _IDLE:
         warnings.warn(
             f"this process had the processor for {100 * share:.0f} % of the time while some rows were timed: other "
             f"programs ran; stop them, delete {path} and measure again",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return table
 
 
 def copies_of(work: Workload, path: str, choices: list[Decided], made: Call) -> list[list[Callable[[], object]]]:
