@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from bitwright.errors import NumericsError
-from bitwright.search.paired import FEW, exact_upper, itself, mcnemar, paired
+from bitwright.search.paired import FEW, _binary_bounds, exact_upper, itself, mcnemar, paired
 
 
 def outcomes(lost: int, gained: int, items: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +63,16 @@ def test_exact_bound_covers_at_least_as_often_as_it_says(chances: tuple[float, f
                 covered += chance * (bound(lost, gained, items, level) >= chances[0] - chances[1] - 1e-3)
     assert total > 0.99
     assert covered >= (1 - level) * total - 2e-3
+
+
+def test_normal_bounds_cover_as_often_as_they_say() -> None:
+    items, chances, draws = 3000, (0.04, 0.03), 4000
+    counts = stats.multinomial(items, [*chances, 1 - sum(chances)], seed=0).rvs(draws)
+    bounds = [_binary_bounds(int(lost), int(gained), items) for lost, gained, _ in counts]
+    low, high, upper = (torch.tensor(values) for values in zip(*bounds, strict=True))
+    true = chances[0] - chances[1]
+    assert ((low <= true) & (true <= high)).double().mean().item() == pytest.approx(0.95, abs=0.01)
+    assert (true <= upper).double().mean().item() == pytest.approx(0.95, abs=0.01)
 
 
 def test_exact_and_normal_bounds_meet_where_they_change_over() -> None:
