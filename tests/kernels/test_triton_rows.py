@@ -217,10 +217,17 @@ def test_operands_that_would_be_misread_are_refused(input: str | None) -> None:
         ("x must be float32, float16 or bfloat16 .*, got torch.int64", x.long(), packed),
         ("rows of 32 bytes do not hold the codes of 96 inputs", torch.zeros(2, 96, device=DEVICE), packed),
         ("scale must be float32, got torch.float16", x, packed._replace(scale=half)),
-        ("scale on meta; move the model to one device", x, packed._replace(scale=packed.scale.to("meta"))),
     ):
         with pytest.raises(KernelError, match=message):
             row.run(operand, constants, QuantSpec.parse("int4/group32"), None, encoding)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs two devices")
+def test_operands_on_two_devices_are_refused() -> None:
+    row, packed = packed_row("int4/group32", None)
+    apart = packed._replace(scale=packed.scale.cpu())
+    with pytest.raises(KernelError, match="x is on cuda:0, scale on cpu; move the model to one device"):
+        row.run(torch.zeros(2, 64, device=DEVICE), apart, QuantSpec.parse("int4/group32"), None, None)
 
 
 @runs
