@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from bitwright.search.budget import Choice, Layer, Ties
 
@@ -23,15 +23,19 @@ def undominated(layers: Sequence[Layer], ties: Ties = ()) -> list[Layer]:
     tied = {site for tie in ties for site in tie}
     found = [_within(layer, tied) for layer in layers]
     for tie in ties:
-        for spec in sorted({spec for layer in found for spec in _specs(layer, tie)}):
-            others = sorted({other for layer in found for other in _specs(layer, tie)} - {spec})
-            if any(_replaces(found, tie, spec, other) for other in others):
-                found = [_without(layer, tie, spec) for layer in found]
+        holders = [at for at, layer in enumerate(found) if set(layer.sites) & set(tie)]
+        for spec in sorted({spec for at in holders for spec in _specs(found[at], tie)}):
+            own = [found[at] for at in holders]
+            others = sorted({other for layer in own for other in _specs(layer, tie)} - {spec})
+            if any(_replaces(own, tie, spec, other) for other in others):
+                for at in holders:
+                    found[at] = _without(found[at], tie, spec)
     return found
 
 
 def _numbers(choice: Choice) -> tuple[float, ...]:
-    return (choice.harm, *astuple(choice.cost))
+    cost = choice.cost
+    return (choice.harm, cost.bytes, cost.latency, cost.energy, cost.bops, cost.live)
 
 
 def _as_good(one: Choice, other: Choice) -> bool:
@@ -68,14 +72,14 @@ def _pairs(layer: Layer, tie: Sequence[str], spec: str, other: str) -> Iterator[
     """Choices with ``spec`` at the tied sites, and those that differ from them only in having ``other`` there."""
     places = [at for at, site in enumerate(layer.sites) if site in tie]
     known = {choice.specs: choice for choice in layer.choices}
-    for choice in layer.choices if places else ():
+    for choice in layer.choices:
         if all(choice.specs[at] == spec for at in places):
             yield choice, known.get(tuple(other if at in places else text for at, text in enumerate(choice.specs)))
 
 
 def _without(layer: Layer, tie: Sequence[str], spec: str) -> Layer:
     places = [at for at, site in enumerate(layer.sites) if site in tie]
-    gone = [choice for choice in layer.choices if places and all(choice.specs[at] == spec for at in places)]
+    gone = [choice for choice in layer.choices if all(choice.specs[at] == spec for at in places)]
     return replace(layer, choices=tuple(choice for choice in layer.choices if choice not in gone))
 
 
