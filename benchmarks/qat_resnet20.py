@@ -6,12 +6,11 @@ the classifier have 8 bits, residual adds too. Calibration: 512 training images;
 2,000 others; the 10,000 test images are read once per run, after training. Drops are paired with the control of one
 seed. Writes results/qat_resnet20.json after every run and continues from it.
 
-The longer budget of the other commands is for two and three bits on both sides (PACT, Choi 2018, table 2); its control
-too. Accuracy on 2,000 images is a coarse score to choose a state by; ``--by-loss`` takes their cross entropy.
+The longer budget of the second command is for two and three bits on both sides (PACT, Choi 2018, table 2); its
+control too.
 
     python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
     python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2 W3A3
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only W3A3 --by-loss
 """
 
 from __future__ import annotations
@@ -113,15 +112,6 @@ def batches(images: Images, seed: int, epochs: int) -> list[Batch]:
         return [(x, y, images.teacher(x)) for x, y in drawn]
 
 
-def score_of(model: nn.Module, items: list[tuple[Tensor, Tensor]], by_loss: bool) -> float:
-    """Accuracy, or minus the cross entropy."""
-    if not by_loss:
-        return bw.evaluate(model, items)
-    with torch.no_grad():
-        losses = [F.cross_entropy(model(x), y, reduction="none") for x, y in items]
-    return -torch.cat(losses).mean().item()
-
-
 def run(setting: str, images: Images, data: list[Batch], options: argparse.Namespace) -> dict[str, object]:
     """Train one setting, or the control, and score it on the test images."""
     start = time.perf_counter()
@@ -136,7 +126,7 @@ def run(setting: str, images: Images, data: list[Batch], options: argparse.Names
             loss,
             data,
             schedule=bw.Schedule(steps=len(data), lr=options.lr, shares=tuple(options.shares)),
-            score=lambda m: score_of(m, images.validation, options.by_loss),
+            score=lambda m: bw.evaluate(m, images.validation),
             on_step=lambda step, value: print(f"\r{step} {value:.3f}", end="", flush=True),
         )
         row |= {"best step": history.best_step, "scores": history.scores}
@@ -149,11 +139,6 @@ def run(setting: str, images: Images, data: list[Batch], options: argparse.Names
     return row
 
 
-def key_of(setting: str, seed: int, budget: str, options: argparse.Namespace) -> str:
-    """Name of a row in the results."""
-    return f"{setting} seed {seed}{budget}" + (" by loss" if options.by_loss and setting != "control" else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -164,7 +149,6 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.7, help="share of the distillation loss")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--shares", type=float, nargs=3, default=[0.05, 0.8, 0.15], help="of the three phases")
-    parser.add_argument("--by-loss", action="store_true", help="the least validation loss chooses the kept state")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--validation-only", action="store_true", help="do not read the test images, write nothing")
     options = parser.parse_args()
@@ -176,7 +160,7 @@ def main() -> None:
         data = batches(images, seed, options.epochs)
         for setting in options.only:
             results = json.loads(path.read_text()) if path.exists() else {}
-            key = key_of(setting, seed, budget, options)
+            key = f"{setting} seed {seed}{budget}"
             if key in results and not options.validation_only:
                 continue
             torch.manual_seed(seed)
@@ -191,7 +175,7 @@ def summarise(results: dict[str, dict[str, object]], options: argparse.Namespace
     """Top-1 and paired drops against the control of the same seed; the interval covers the test images."""
     for setting in (name for name in options.only if name != "control"):
         for seed in options.seeds:
-            rows = [results.get(key_of(name, seed, budget, options)) for name in ("control", setting)]
+            rows = [results.get(f"{name} seed {seed}{budget}") for name in ("control", setting)]
             if None in rows:
                 continue
             control, scores = (torch.tensor(row["right"], dtype=torch.float32) for row in rows if row is not None)
