@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _STYLE = """
 .verdict { font-size: 1.15rem; color: var(--ink); border-left: .3rem solid var(--accent); padding: .3rem .9rem; }
 .verdict.bad { border-color: #c0453b; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .9rem; margin: 1.4rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .9rem; margin: 1.4rem 0; }
 .cards div { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
 .cards b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .cards span { color: var(--soft); }
 td.text:last-child { white-space: normal; min-width: 12rem; }
