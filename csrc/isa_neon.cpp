@@ -1,8 +1,8 @@
 // 64-bit Arm with the dot product instructions (Armv8.2 and up): a logical vector is four 128-bit registers, SDOT
 // multiplies signed bytes and adds four products to a 32-bit lane without saturation. Weights of at most 4 bits are
 // signed bytes as they are; at 8 bits the activations are made signed by flipping their highest bit, which takes 128
-// off each (kByteBias). Tiles of 6 rows x 1 block: 24 accumulators, weights and one broadcast fill the 32 registers.
-// Layouts in dispatch.h; unaligned access throughout.
+// off each (kByteBias). Tiles of 5 rows x 1 block: 20 accumulators, 4 weights and one broadcast of the 32 registers;
+// with a sixth row GCC 12 keeps some in memory. Layouts in dispatch.h; unaligned access throughout.
 #include <arm_neon.h>
 
 #include "kernels.h"
@@ -23,7 +23,7 @@ struct Neon {
     struct Bytes {  // unpacked weights, 4 consecutive k per lane
         int8x16_t v[4];
     };
-    static constexpr int kTileRows = 6;
+    static constexpr int kTileRows = 5;
     static constexpr int kTileBlocks = 1;
     static constexpr int kNarrowRows = 1;
     static constexpr int kNarrowBlocks = 2;
