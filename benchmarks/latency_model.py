@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.costs.cost import Cost
+from bitwright.costs.stopwatch import in_turns
+from bitwright.costs.workload import Workload
 from bitwright.graph.dataflow import call
 from bitwright.plan.site import ADD_SLOTS
 from bitwright.search.agreement import spearman
 from bitwright.search.budget import Allocation, Layer
-from bitwright.search.cost import Cost
 from bitwright.search.speeds import speeds
-from bitwright.search.stopwatch import in_turns
-from bitwright.search.workload import Workload
 from models import CifarResNet, Encoder, MobileNetV1, ResNet, settle_batchnorm
 from results import FOLDER, write
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.costs.cost import plan_bytes
 from bitwright.search.agreement import agreement, spearman
-from bitwright.search.cost import plan_bytes
 from bitwright.search.mixed import Mixture
 from bitwright.search.sensitivity import Harm, Sensitivity
 from data import jpeg_cifar10, shared

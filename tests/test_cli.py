@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from bitwright.cli import main
+from bitwright.cli.main import main
 
 USER_CODE = """
     import torch
@@ -195,7 +195,7 @@ def test_bad_input_is_one_message_and_exit_code_2(run, arguments, message):
 
 
 def test_a_real_process_reports_the_exit_code_without_a_traceback(folder):
-    code = "from bitwright.cli import main; main()"
+    code = "from bitwright.cli.main import main; main()"
     command = [sys.executable, "-c", code, "explain", "missing.toml", "a.weight"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -7,6 +7,13 @@ call, `quantize_model`.
 from bitwright.algorithms.pipeline import calibrate
 from bitwright.auto import Result, quantize_model
 from bitwright.bench.measure import Measurement, measure
+from bitwright.claims.certificate import Certificate
+from bitwright.claims.certify import certify
+from bitwright.claims.contenders import Training
+from bitwright.claims.matrix import Matrix, matrix
+from bitwright.claims.verify import Verification, verify
+from bitwright.costs.latencies import LatencyTable, measure_machine
+from bitwright.costs.roofline import get_machine
 from bitwright.errors import BitwrightError
 from bitwright.export.onnx import export
 from bitwright.flow.checkpoint import load, load_weights, save
@@ -22,15 +29,8 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Budget
-from bitwright.search.certificate import Certificate
-from bitwright.search.certify import certify
-from bitwright.search.contenders import Training
-from bitwright.search.latencies import LatencyTable, measure_machine
-from bitwright.search.matrix import Matrix, matrix
 from bitwright.search.mixed import mixture, with_allocation
-from bitwright.search.roofline import get_machine
 from bitwright.search.sensitivity import sensitivity
-from bitwright.search.verify import Verification, verify
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
 

@@ -22,6 +22,7 @@ from bitwright.auto import quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import Measurement, measure
 from bitwright.bench.report import Report, Row, bits_per_layer, to_markdown, to_table, write_text
+from bitwright.claims.certify import certify
 from bitwright.errors import MissingExtraError
 from bitwright.export.onnx import export
 from bitwright.export.parity import parity
@@ -30,7 +31,6 @@ from bitwright.flow.convert import convert
 from bitwright.flow.evaluate import evaluate, item_scores, paired_drop, top1
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
-from bitwright.search.certify import certify
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitwright.costs.cost import Cost
 from bitwright.errors import SearchError
 from bitwright.search.allocate import allocate
 from bitwright.search.budget import Allocation, Budget, Choice, Layer
-from bitwright.search.cost import Cost
 from bitwright.search.front import greedy, pareto
 
 # HAWQ-V3's released data of ResNet-18: 19 layers at 4 or 8 bits.

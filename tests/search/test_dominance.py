@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitwright.costs.cost import Cost
 from bitwright.errors import SearchError
 from bitwright.search.allocate import allocate
 from bitwright.search.budget import Budget, Choice, Layer
-from bitwright.search.cost import Cost
 from bitwright.search.dominance import slower, undominated
 
 SMALL = st.integers(0, 3)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from ladders import RUNGS, data, labelled, made, paired, pointwise, right, told
 from torch import Tensor, nn
 
 from bitwright.algorithms.pipeline import calibrate
@@ -25,8 +24,9 @@ from bitwright.search import ladder
 from bitwright.search.journal import STATE
 from bitwright.search.ladder import RUNGS as ALL
 from bitwright.search.ladder import Goal, Rung, known_rungs
+from ladders import RUNGS, data, labelled, made, paired, pointwise, right, told
 
-PROGRAM = Path(__file__).with_name("ladders.py")
+PROGRAM = Path(__file__).parents[1] / "ladders.py"
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

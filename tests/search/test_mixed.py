@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.bench.measure import model_bytes
+from bitwright.costs.cost import plan_bytes
 from bitwright.errors import SearchError
 from bitwright.search.bits import output_error
-from bitwright.search.cost import plan_bytes
 from bitwright.search.mixed import mixture, with_allocation
 from bitwright.search.sensitivity import Harm, Sensitivity
 

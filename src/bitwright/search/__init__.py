@@ -1,1 +1,1 @@
-"""Search for the cheapest recipe that keeps the score, with a stated confidence."""
+"""Search: the cheapest recipe that keeps the score, and the bits of every layer within a budget."""

@@ -16,9 +16,9 @@ import numpy as np
 from scipy.optimize import OptimizeResult, milp
 from scipy.sparse import csr_array, hstack
 
+from bitwright.costs.cost import Cost
 from bitwright.errors import SearchError
 from bitwright.search.budget import RESOURCES, Allocation, Budget, Choice, Layer, Ties, summed
-from bitwright.search.cost import Cost
 from bitwright.search.dominance import undominated
 
 Rule = tuple[Any, Any, Any]

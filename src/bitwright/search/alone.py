@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.algorithms.pipeline import calibrate
+from bitwright.costs.choices import sharing
 from bitwright.errors import SearchError
 from bitwright.flow.prepare import prepare
 from bitwright.nn.layer import QLayer, Simulated
@@ -24,11 +25,6 @@ from bitwright.plan.site import Site
 Forward = Callable[[nn.Module, Any], Any]
 
 _ARGUMENTS = {"query": 0, "key": 1, "value": 2}
-
-
-def sharing(plan: Plan, leader: Site) -> list[Site]:
-    """The sites that share the quantizer of ``leader``, it included."""
-    return [leader, *(site for site, other in plan.shared.items() if other == leader)]
 
 
 def weight_alone(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from bitwright.costs.cost import Cost
 from bitwright.errors import SearchError
-from bitwright.search.cost import Cost
 
 RESOURCES = ("bytes", "latency", "energy", "bops", "peak_memory")
 

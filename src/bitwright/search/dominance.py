@@ -14,7 +14,7 @@ def undominated(layers: Sequence[Layer], ties: Ties = ()) -> list[Layer]:
     Where sites are tied the other choice must have the same spec there; a spec of a tie goes as a whole, where in all
     its layers another spec is at least as good for every choice of the other sites, and better for one.
 
-    >>> from bitwright.search.cost import Cost
+    >>> from bitwright.costs.cost import Cost
     >>> choices = Choice(("int4",), 0.1, Cost(bytes=4, latency=1)), Choice(("int3",), 0.2, Cost(bytes=4, latency=2))
     >>> [choice.specs for choice in undominated([Layer(("a",), choices)])[0].choices]
     [('int4',)]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from bitwright.costs.cost import Cost
 from bitwright.errors import SearchError
 from bitwright.search.budget import RESOURCES, Allocation, Choice, Layer, Ties, summed
-from bitwright.search.cost import Cost
 
 _JOINED = 10_000  # choices of tied layers that are listed
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import NumericsError
+from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import evaluating
-from bitwright.search.digest import digest
 from bitwright.search.sequential import PairedTest, items_needed
 
 CONFIDENCE = 0.95

@@ -21,6 +21,7 @@ from bitwright.algorithms.pipeline import calibrate
 from bitwright.bench.measure import model_bytes
 from bitwright.errors import BitwrightError, PlanError
 from bitwright.flow.convert import convert
+from bitwright.flow.digest import digest
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
 from bitwright.plan.step import Step
@@ -34,7 +35,6 @@ from bitwright.search.bits import (
     output_error,
     with_eight_bits,
 )
-from bitwright.search.digest import digest
 from bitwright.search.journal import Journal, Trial
 from bitwright.search.judge import Judge
 

@@ -8,17 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from bitwright.costs.choices import Decided, combinations, decided, module_at, sharing
+from bitwright.costs.cost import Cost, Work, layer_cost, plan_bytes, work_of
+from bitwright.costs.prices import Prices, Pricing
 from bitwright.errors import SearchError
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, rows_shape
 from bitwright.search.agreement import LEAST_RANK, check
 from bitwright.search.allocate import allocate
-from bitwright.search.alone import sharing
 from bitwright.search.budget import Allocation, Budget, Choice, Layer
-from bitwright.search.choices import Decided, combinations, decided, module_at
-from bitwright.search.cost import Cost, Work, layer_cost, plan_bytes, work_of
 from bitwright.search.dominance import Slower, slower
-from bitwright.search.prices import Prices, Pricing
 from bitwright.search.sensitivity import Sensitivity
 
 

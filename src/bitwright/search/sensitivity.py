@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,20 +31,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from bitwright.costs.choices import Specs
 from bitwright.errors import SearchError
+from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, matching
 from bitwright.search import fisher
 from bitwright.search.alone import Activations, Forward, weight_alone
-from bitwright.search.digest import digest
 
 METHODS = {"loss": "of the loss", "kl": "nats", "sqnr": "noise power over signal power", "fisher": "of the loss"}
 MEASURED = ("loss", "kl")
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Specs = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)

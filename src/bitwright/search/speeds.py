@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from bitwright.costs.choices import combinations, spread
+from bitwright.costs.cost import bits_of
+from bitwright.costs.prices import Pricing
 from bitwright.plan.plan import Plan
 from bitwright.search.budget import Choice, Layer
-from bitwright.search.choices import combinations, spread
-from bitwright.search.cost import bits_of
-from bitwright.search.prices import Pricing
 
 
 def speeds(

@@ -19,16 +19,16 @@ from latency_nets import SPECS, WIDTHS, example, net, plan_of
 from torch import nn
 
 import bitwright as bw
+from bitwright.costs.cost import plan_bytes
+from bitwright.costs.fingerprint import fingerprint, last_level_cache
+from bitwright.costs.latencies import LatencyTable, copies_of, measure_machine, table_path
+from bitwright.costs.stopwatch import Timing
+from bitwright.costs.workload import Specs, Workload, bytes_read
 from bitwright.errors import SearchError
 from bitwright.graph.calls import Attention
 from bitwright.lowbit.layer import LowbitLayer
-from bitwright.search.cost import plan_bytes
-from bitwright.search.fingerprint import fingerprint, last_level_cache
-from bitwright.search.latencies import LatencyTable, copies_of, measure_machine, table_path
 from bitwright.search.sensitivity import Harm, Sensitivity
 from bitwright.search.speeds import speeds
-from bitwright.search.stopwatch import Timing
-from bitwright.search.workload import Specs, Workload, bytes_read
 
 pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine
 PROGRAM = Path(__file__).parent / "latency_nets.py"

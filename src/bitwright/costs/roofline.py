@@ -4,7 +4,7 @@ A layer takes as long as the slower of its two parts (Williams 2009, "Roofline")
 ``max(operations / peak rate of the formats, bytes / bandwidth)``. A multiplication with its addition counts as two
 operations; bytes are those of the weights with their scales, read once, of the input in its bits and of the output in
 float32. Launches, caches and everything between layers are left out, so this is a lower bound that ranks layers and
-formats; where the machine is at hand, measure it (`search.latencies`).
+formats; where the machine is at hand, measure it (`costs.latencies`).
 
 A machine is a TOML file in ``machines/``, or one of your own. Formats that it has no kernel for run as what its first
 fitting row says, at that rate. Energy is a model with a name, one file per model in ``energy/``, and no measurement.
@@ -23,12 +23,12 @@ from typing import Any
 
 from torch import nn
 
+from bitwright.costs.choices import decided, module_at
+from bitwright.costs.cost import Cost, Work, bits_of, layer_cost, work_of
 from bitwright.errors import SearchError
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, operator_of
-from bitwright.search.choices import decided, module_at
-from bitwright.search.cost import Cost, Work, bits_of, layer_cost, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +148,11 @@ def get_machine(name: str | Path) -> Machine:
         raise SearchError(
             f"unknown machine {str(name)!r}; known machines: {', '.join(machine_names())}; or name a .toml file"
         )
-    return _machine(resources.files("bitwright.search") / "machines" / f"{name}.toml")
+    return _machine(resources.files("bitwright.costs") / "machines" / f"{name}.toml")
 
 
 def _folder(name: str) -> list[Traversable]:
-    return list((resources.files("bitwright.search") / name).iterdir())
+    return list((resources.files("bitwright.costs") / name).iterdir())
 
 
 def _machine(file: Traversable) -> Machine:
@@ -168,7 +168,7 @@ def _machine(file: Traversable) -> Machine:
             raise ValueError(f"energy model {energy.name} says nothing of {missing[0]}")
         return Machine(data["name"], data["description"], _positive(data, "bandwidth"), data["source"], rows, energy)
     except KeyError as cause:
-        raise SearchError(f"machine {file}: {cause} is missing; see the files in bitwright/search/machines") from cause
+        raise SearchError(f"machine {file}: {cause} is missing; see the files in bitwright/costs/machines") from cause
     except (OSError, ValueError, TypeError, AttributeError) as cause:
         raise SearchError(f"machine {file} cannot be read: {cause}") from cause
 

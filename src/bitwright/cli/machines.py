@@ -10,16 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bitwright.costs.latencies import measure_machine as time_machine
+from bitwright.costs.latencies import table_path
+from bitwright.costs.roofline import get_machine, machine_names
+from bitwright.costs.stopwatch import Timing
 from bitwright.errors import BitwrightError
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Layer
 from bitwright.search.dominance import slower
-from bitwright.search.latencies import measure_machine as time_machine
-from bitwright.search.latencies import table_path
-from bitwright.search.roofline import get_machine, machine_names
 from bitwright.search.speeds import speeds
-from bitwright.search.stopwatch import Timing
 from bitwright.userspec import first_of, model_of
 
 console = Console()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitwright.algorithms.pipeline import calibrate
 from bitwright.bench.measure import model_bytes
+from bitwright.costs.cost import Cost, Work, layer_cost, plan_bytes, site_bytes, work_of
 from bitwright.errors import SearchError
 from bitwright.flow.convert import convert
 from bitwright.flow.coverage import coverage
@@ -17,7 +18,6 @@ from bitwright.flow.prepare import prepare
 from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
-from bitwright.search.cost import Cost, Work, layer_cost, plan_bytes, site_bytes, work_of
 from nets import ResNet20
 
 FAST = {"weight": "minmax", "input": "minmax"}

@@ -12,7 +12,7 @@ from rich.table import Table
 from bitwright.bench.html import page, table
 
 if TYPE_CHECKING:
-    from bitwright.search.matrix import Matrix, MatrixRow
+    from bitwright.claims.matrix import Matrix, MatrixRow
 
 COLUMNS = ("version", "score", "drop [95 %]", "speed", "bytes", "bit operations", "trained = shipped", "smaller")
 _SPEED, _SMALLER = COLUMNS.index("speed"), COLUMNS.index("smaller")

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from bitwright.claims.paired import FEW, _binary_bounds, exact_upper, itself, mcnemar, paired
 from bitwright.errors import NumericsError
-from bitwright.search.paired import FEW, _binary_bounds, exact_upper, itself, mcnemar, paired
 
 
 def outcomes(lost: int, gained: int, items: int) -> tuple[Tensor, Tensor]:

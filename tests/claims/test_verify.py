@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ladders import data, labelled, made, right
 from torch import nn
 
 import bitwright as bw
+from bitwright.claims.certificate import Certificate
+from bitwright.claims.verify import Verification
 from bitwright.errors import CertificateError
-from bitwright.search.certificate import Certificate
-from bitwright.search.verify import Verification
+from ladders import data, labelled, made, right
 
 CALIBRATION = data()
 

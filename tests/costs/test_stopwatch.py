@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.search.stopwatch import in_turns, timing
+from bitwright.costs.stopwatch import in_turns, timing
 
 TIMES = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=60)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bitwright.claims.splits import digest_of_weights, first_entry, item_digests, overlap, split_of, splits_of
 from bitwright.errors import CertificateError
-from bitwright.search.splits import digest_of_weights, first_entry, item_digests, overlap, split_of, splits_of
 
 
 @given(st.permutations(range(6)), st.integers(1, 6))

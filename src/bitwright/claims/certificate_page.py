@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bitwright.bench.html import page, table
 
 if TYPE_CHECKING:
-    from bitwright.search.certificate import Certificate
+    from bitwright.claims.certificate import Certificate
 
 _STYLE = """
 .verdict { font-size: 1.15rem; color: var(--ink); border-left: .3rem solid var(--accent); padding: .3rem .9rem; }

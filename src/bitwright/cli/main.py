@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bitwright import claims, machines
 from bitwright.algorithms.pipeline import calibrate as calibrate_model
 from bitwright.auto import LEVELS, quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import measure
 from bitwright.bench.report import to_table, write_text
+from bitwright.cli import claims, machines
 from bitwright.demo import run_demo
 from bitwright.errors import BitwrightError
 from bitwright.export.onnx import export as export_model

@@ -15,11 +15,8 @@ from typing import Any, Literal
 from torch import nn
 
 from bitwright.bench.measure import model_bytes
-from bitwright.errors import CertificateError
-from bitwright.flow.checkpoint import file_bytes
-from bitwright.flow.prepare import plan_of
-from bitwright.search.certificate import Certificate
-from bitwright.search.certify import (
+from bitwright.claims.certificate import Certificate
+from bitwright.claims.certify import (
     claimed,
     digest_of_plan,
     environment,
@@ -29,9 +26,12 @@ from bitwright.search.certify import (
     latency,
     site_records,
 )
-from bitwright.search.paired import Paired
-from bitwright.search.scores import Score, compared
-from bitwright.search.splits import TEST, Inputs, digest_of_weights, first_entry, splits_of
+from bitwright.claims.paired import Paired
+from bitwright.claims.scores import Score, compared
+from bitwright.claims.splits import TEST, Inputs, digest_of_weights, first_entry, splits_of
+from bitwright.errors import CertificateError
+from bitwright.flow.checkpoint import file_bytes
+from bitwright.flow.prepare import plan_of
 
 State = Literal["holds", "no longer holds", "not checked"]
 

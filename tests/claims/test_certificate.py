@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from ladders import data, labelled, made, right
 from pages import check_page
 from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.bench.measure import model_bytes
+from bitwright.claims.certificate import Certificate, _digest
+from bitwright.claims.paired import paired
 from bitwright.errors import CertificateError
 from bitwright.flow.coverage import coverage
-from bitwright.search.certificate import Certificate, _digest
-from bitwright.search.paired import paired
+from ladders import data, labelled, made, right
 
 CALIBRATION = data()
 SITE = "2.weight"

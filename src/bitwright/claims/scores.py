@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.claims.paired import Paired, paired
 from bitwright.errors import CertificateError
 from bitwright.graph.dataflow import evaluating
-from bitwright.search.paired import Paired, paired
 
 Score = Callable[[nn.Module, Any], Any]
 

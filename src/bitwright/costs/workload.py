@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bitwright.costs.choices import module_at
+from bitwright.costs.fingerprint import last_level_cache
 from bitwright.errors import SearchError
 from bitwright.flow.calibrate import calibrate
 from bitwright.flow.convert import convert
+from bitwright.flow.digest import digest
 from bitwright.flow.prepare import prepare
 from bitwright.graph.dataflow import call, evaluating, record
 from bitwright.lowbit.layer import LowbitLayer
@@ -25,9 +28,6 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import DEFAULT_RANGES, Plan
 from bitwright.plan.site import Site
 from bitwright.plan.target import spelled
-from bitwright.search.choices import module_at
-from bitwright.search.digest import digest
-from bitwright.search.fingerprint import last_level_cache
 
 Specs = Mapping[str, QuantSpec | None]
 _FAST = {"weight": "minmax", "input": "minmax"}  # ranges do not change times

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bitwright.algorithms.pipeline import calibrate
+from bitwright.claims.scores import Score, scores_of
+from bitwright.costs.cost import layer_cost, plan_bytes, work_of
 from bitwright.errors import SearchError
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
 from bitwright.plan.step import Step
 from bitwright.search.budget import Budget
-from bitwright.search.cost import layer_cost, plan_bytes, work_of
 from bitwright.search.mixed import mixture, with_allocation
-from bitwright.search.scores import Score, scores_of
 from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule

@@ -16,6 +16,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bitwright.bench.measure import measure, model_bytes
+from bitwright.claims.certificate import (
+    Certificate,
+    Claim,
+    Digests,
+    Environment,
+    Equality,
+    Exported,
+    Kept,
+    Latency,
+    Measured,
+    SiteRecord,
+    Size,
+)
+from bitwright.claims.paired import CONFIDENCE, Paired
+from bitwright.claims.scores import Score, compared
+from bitwright.claims.splits import Inputs, digest_of_weights, first_entry, splits_of
+from bitwright.costs.fingerprint import fingerprint
 from bitwright.errors import CertificateError
 from bitwright.export.parity import parity
 from bitwright.flow.checkpoint import file_bytes
@@ -29,24 +46,7 @@ from bitwright.nn.layer import Simulated
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.plan.target import spelled
-from bitwright.search.certificate import (
-    Certificate,
-    Claim,
-    Digests,
-    Environment,
-    Equality,
-    Exported,
-    Kept,
-    Latency,
-    Measured,
-    SiteRecord,
-    Size,
-)
-from bitwright.search.fingerprint import fingerprint
-from bitwright.search.paired import CONFIDENCE, Paired
-from bitwright.search.scores import Score, compared
 from bitwright.search.sensitivity import Sensitivity
-from bitwright.search.splits import Inputs, digest_of_weights, first_entry, splits_of
 
 
 def certify(

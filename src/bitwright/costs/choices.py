@@ -12,13 +12,20 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, call_of, matching, products_of
 from bitwright.plan.target import get_target, spelled
-from bitwright.search.alone import sharing
+
+Specs = Mapping[str, Sequence[str]]
+"""Specs to choose from, by patterns over sites."""
 
 Decided = dict[Site, QuantSpec | None]
 """The spec of every site of one layer."""
 
 
-def spread(plan: Plan, specs: Mapping[str, Sequence[str]]) -> dict[Site, list[str]]:
+def sharing(plan: Plan, leader: Site) -> list[Site]:
+    """The sites that share the quantizer of ``leader``, it included."""
+    return [leader, *(site for site, other in plan.shared.items() if other == leader)]
+
+
+def spread(plan: Plan, specs: Specs) -> dict[Site, list[str]]:
     """Specs in their canonical spelling or ``float``, at the sites that patterns select and at those that share."""
     found: dict[Site, list[str]] = {}
     for pattern, texts in specs.items():

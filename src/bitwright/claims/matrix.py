@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from bitwright.bench.measure import Ratio, measure, model_bytes
 from bitwright.bench.report import write_text
+from bitwright.claims import matrix_page
+from bitwright.claims.certify import equality
+from bitwright.claims.contenders import Contenders, Training, bit_operations, one_item
+from bitwright.claims.paired import Paired, itself, paired
+from bitwright.claims.scores import Score, scores_of
+from bitwright.claims.splits import Inputs, digest_of_weights, first_entry, splits_of
 from bitwright.errors import SearchError
 from bitwright.flow.checkpoint import load, save
 from bitwright.flow.convert import convert
 from bitwright.flow.prepare import plan_of
 from bitwright.plan.step import Step
-from bitwright.search import matrix_page
-from bitwright.search.certify import equality
-from bitwright.search.contenders import Contenders, Training, bit_operations, one_item
-from bitwright.search.paired import Paired, itself, paired
-from bitwright.search.scores import Score, scores_of
-from bitwright.search.splits import Inputs, digest_of_weights, first_entry, splits_of
 
 VERSION, STATE, FLOAT = 1, "state.json", "FP32"
 

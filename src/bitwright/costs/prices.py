@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from bitwright.costs.cost import Cost
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
-from bitwright.search.cost import Cost
 
 
 class Prices(Protocol):
@@ -25,7 +25,7 @@ class Prices(Protocol):
 
 
 class Pricing(Protocol):
-    """A machine, measured or described: `search.latencies.LatencyTable`, `search.roofline.Machine`."""
+    """A machine, measured or described: `costs.latencies.LatencyTable`, `costs.roofline.Machine`."""
 
     def prices(self, model: nn.Module, plan: Plan, example: Any, paths: Sequence[str]) -> Prices:
         """Its prices for a model that ships by ``plan``, gets ``example`` and has choices at ``paths``."""

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from bitwright.bench.report import write_text
+from bitwright.claims import certificate_page
+from bitwright.claims.paired import Paired
+from bitwright.claims.splits import Split
 from bitwright.errors import CertificateError
-from bitwright.search import certificate_page
-from bitwright.search.paired import Paired
-from bitwright.search.splits import Split
 
 SCHEMA = 1
 

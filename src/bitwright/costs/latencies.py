@@ -28,18 +28,17 @@ from typing import Any
 
 from torch import nn
 
+from bitwright.costs.choices import Specs, combinations, spread
+from bitwright.costs.cost import Cost
+from bitwright.costs.fingerprint import fingerprint
+from bitwright.costs.stopwatch import Timing, in_turns
+from bitwright.costs.workload import Call, Workload, bytes_read
+from bitwright.costs.workload import Specs as Decided
 from bitwright.errors import SearchError
+from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
 from bitwright.plan.plan import Plan
 from bitwright.plan.target import spelled
-from bitwright.search.choices import combinations, spread
-from bitwright.search.cost import Cost
-from bitwright.search.digest import digest
-from bitwright.search.fingerprint import fingerprint
-from bitwright.search.sensitivity import Specs
-from bitwright.search.stopwatch import Timing, in_turns
-from bitwright.search.workload import Call, Workload, bytes_read
-from bitwright.search.workload import Specs as Decided
 
 VERSION = 1
 _MOST_COPIES = 64
@@ -48,7 +47,7 @@ _IDLE = 0.8  # the share of the processor below which a machine is busy
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """Seconds of a call by its key (see `search.workload`), and the machine that they were measured on."""
+    """Seconds of a call by its key (see `costs.workload`), and the machine that they were measured on."""
 
     rows: Mapping[str, Timing] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=fingerprint)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.search.stopwatch import Timing
+from bitwright.costs.stopwatch import Timing
 
 WIDTHS = ["int2/channel", "int4/channel", "int8/channel"]
 SPECS = {"blocks.*.weight": WIDTHS, "out.weight": WIDTHS}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ladders import data, labelled, made, right
 from pages import check_page
 from rich.console import Console
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from torch.nn import functional as F
 
 import bitwright as bw
 from bitwright.bench.measure import model_bytes
+from bitwright.claims.contenders import bit_operations, choices_of
+from bitwright.claims.matrix import Matrix
+from bitwright.claims.matrix_page import _apart
+from bitwright.costs.cost import plan_bytes
 from bitwright.errors import CertificateError, SearchError
-from bitwright.search.contenders import bit_operations, choices_of
-from bitwright.search.cost import plan_bytes
-from bitwright.search.matrix import Matrix
-from bitwright.search.matrix_page import _apart
+from ladders import data, labelled, made, right
 
 CALIBRATION = data(3, size=32)
 

@@ -1,0 +1,1 @@
+"""What is claimed of a shipped model, with its confidence: certificates, their check, tables of versions."""

@@ -1,0 +1,1 @@
+"""The command ``bitwright``: one subcommand per verb."""
