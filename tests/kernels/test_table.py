@@ -67,6 +67,16 @@ def test_packed_weights_meet_float_inputs_in_native_code(isa: str, weight: str) 
     assert chosen("linear", weight, None, SUBSETS[isa]) == expected
 
 
+@pytest.mark.parametrize("op", ["linear", "conv"])
+@pytest.mark.parametrize("weight", ["uint8/channel", "uint4/channel"])
+def test_unsigned_weights_do_not_fit_layouts_of_signed_ones(op: str, weight: str) -> None:
+    assert chosen(op, weight, "uint8/asym", ALL) == f"{op}/reference"
+
+
+def test_unsigned_weights_in_groups_do_not_fit_either() -> None:
+    assert chosen("linear", "uint4/group32", "uint8/asym", ALL, (8, 64)) == "linear/reference"
+
+
 def test_sums_that_could_overflow_take_the_reference() -> None:
     assert chosen("linear", "int8", "uint8", ALL, (8, 65536)) == "linear/avx512_vnni"
     assert chosen("linear", "int8", "uint8", ALL, (8, 65537)) == "linear/reference"

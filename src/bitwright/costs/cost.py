@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from bitwright.bench.measure import model_bytes
 from bitwright.errors import SearchError
@@ -131,6 +130,8 @@ def work_of(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], 
     >>> work_of(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 6, 6))
     {'0': Work(macs=3456, inputs=108, outputs=128)}
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton where that is installed: not at import
+
     found: dict[str, Work] = {}
     modules = {path: module for path, module in model.named_modules() if operator_of(module)}
     counter = FlopCounterMode(display=False)

@@ -26,6 +26,18 @@ def layout_bits(spec: QuantSpec) -> int:
     return 4 if width == 3 and spec.granularity.size % _UNITS[3] else width
 
 
+SIGNED = "layouts hold signed weights"
+
+
+def unsigned(weight: QuantSpec) -> bool:
+    """Whether codes of a weight start at 0, as the byte layouts of integer products cannot hold them.
+
+    >>> unsigned(QuantSpec.parse("uint8/channel")), unsigned(QuantSpec.parse("int8/channel"))
+    (True, False)
+    """
+    return weight.format.qmin >= 0
+
+
 def refuses(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
     """Why the kernel cannot multiply these; empty where it can.
 
@@ -36,6 +48,8 @@ def refuses(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) 
     """
     if reason := not_integers(weight, input):
         return reason
+    if unsigned(weight):
+        return SIGNED
     size = weight.granularity.size
     if weight.granularity.kind != "group" or size >= shape[-1]:
         return "needs several scales per output"

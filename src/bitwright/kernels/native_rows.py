@@ -25,7 +25,7 @@ def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[in
     reduction = int(torch.Size(shape[1:]).numel())
     if reduction > _LARGEST_K:
         return f"sums of {reduction} products may overflow int32"
-    return integers_only(weight, input, shape)
+    return integers_only(weight, input, shape) or (grouped.SIGNED if grouped.unsigned(weight) else "")
 
 
 def _layout_bits(spec: QuantSpec) -> int:

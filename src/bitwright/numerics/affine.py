@@ -86,8 +86,10 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         most = torch.maximum(-lo, hi)
         if spec.scale is not None and spec.scale.format.name == "e8m0":
             return QParams(shared_exponent(most, fmt))
-        return QParams((most / fmt.largest).clamp(min=EPS))
-    scale = ((hi - lo) / (fmt.qmax - fmt.qmin)).clamp(min=EPS)
+        return QParams(
+            (most / most.new_full((), fmt.largest)).clamp(min=EPS)
+        )  # a GPU multiplies by 1 / (a Python number)
+    scale = ((hi - lo) / lo.new_full((), fmt.qmax - fmt.qmin)).clamp(min=EPS)
     return QParams(scale, (fmt.qmin - (lo / scale).round()).clamp(fmt.qmin, fmt.qmax))
 
 
