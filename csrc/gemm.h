@@ -130,8 +130,13 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
             BW_UNROLL
             for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
             step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
-            BW_PREFETCH(ahead.at);
-            ahead.at += ahead.step;
+            if constexpr (ROWS == 1) {  // every weight is read once: the stream is all that there is to wait for
+                BW_UNROLL
+                for (int b = 0; b < BLOCKS; ++b) BW_PREFETCH(w + b * block_bytes + kAheadBytes);
+            } else {
+                BW_PREFETCH(ahead.at);
+                ahead.at += ahead.step;
+            }
             x.advance(kInputs);
             w += kGroupBytes;
         }
