@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ladders import data, labelled, made, paired, right
 from torch import Tensor, nn
 
 from bitwright.errors import NumericsError
 from bitwright.search.judge import FEWEST, PairedJudge, PointJudge, alike
 from bitwright.search.sequential import items_needed
+from ladders import data, labelled, made, paired, right
 
 
 def judge(net: nn.Module, max_drop: float | None = 0.1, **changes: Any) -> PairedJudge:
