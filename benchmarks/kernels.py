@@ -4,7 +4,7 @@ Shapes of decoder layers (out, in), batches of 1 to 512 rows. Every kernel walks
 together exceed twice the last-level cache, so that each call reads them from memory. Per row: time, float32 time over
 its time (median and 10th to 90th percentile over rounds), bytes of weights per second and, for few rows, the share of
 what a plain sum over a buffer of the same size reads in the same round; error of the product, relative to float32's.
-Writes results/kernels.json; ``--tiny`` only shows that everything runs.
+Writes results/kernels.json after every shape; ``--tiny`` only shows that everything runs.
 
     python benchmarks/kernels.py [--rounds 15] [--threads 2] [--tiny]
 """
@@ -199,8 +199,8 @@ def main() -> None:
                 rows = summary(in_time, x, F.linear(x, weight))
                 show(rows)
                 results[f"{n} x {k}, {m} rows"] = rows
-    if not options.tiny:
-        write("kernels", results)
+                if not options.tiny:
+                    write("kernels", results)
 
 
 if __name__ == "__main__":
