@@ -126,7 +126,7 @@ def run(setting: str, images: Images, data: list[Batch], options: argparse.Names
             loss,
             data,
             schedule=bw.Schedule(steps=len(data), lr=options.lr, shares=tuple(options.shares)),
-            score=lambda m: bw.evaluate(m, images.validation),
+            score=lambda m: bw.item_scores(m, images.validation),
             on_step=lambda step, value: print(f"\r{step} {value:.3f}", end="", flush=True),
         )
         row |= {"best step": history.best_step, "scores": history.scores}

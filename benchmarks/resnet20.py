@@ -94,7 +94,7 @@ def main() -> None:
         lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]),
         data,
         schedule=bw.Schedule(steps=args.steps, lr=0.1),
-        score=lambda m: bw.evaluate(m, validation),
+        score=lambda m: bw.item_scores(m, validation),
         on_step=lambda step, loss: print(f"\rstep {step + 1}/{args.steps} loss {loss:.3f}", end="", flush=True),
     )
     seconds = time.perf_counter() - start

@@ -180,7 +180,7 @@ def _quantize(model: nn.Module, data: Digits, progress: Progress) -> list[_Versi
         loss,
         shifted_batches(*data.train, -(-QAT_STEPS // 18), seed=2),
         schedule=Schedule(steps=QAT_STEPS, lr=LR),
-        score=lambda m: evaluate(m, data.validation),
+        score=lambda m: item_scores(m, data.validation),
         on_step=lambda step, value: progress.advance(task),
     )
     versions.append(_Version("w4a4 QAT", trained, convert(trained)))

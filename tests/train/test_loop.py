@@ -117,6 +117,30 @@ def test_the_best_state_in_the_middle_is_kept(learned: nn.Module) -> None:
     assert not same(seen[2], seen[3])
 
 
+@pytest.mark.parametrize(
+    ("middle", "end", "kept"),
+    [
+        ([1] * 60 + [0] * 40, [1] * 58 + [0] * 42, 4),  # two items fewer of 100: by chance
+        ([1] * 60 + [0] * 40, [0] * 12 + [1] * 48 + [0] * 40, 2),  # twelve items fewer, none more: worse
+        ([1] * 31 + [0] * 69, [1] * 29 + [0] * 71, 2),  # by chance, but below the start
+    ],
+)
+def test_scores_of_items_tell_luck_from_progress(
+    middle: list[int], end: list[int], kept: int, learned: nn.Module
+) -> None:
+    scores = iter([[1] * 30 + [0] * 70, middle, end])
+    history = train(
+        start(learned),
+        cross_entropy,
+        problem(),
+        schedule=Schedule(steps=4, lr=5.0),
+        score=lambda m: torch.tensor(next(scores)),
+        score_every=2,
+    )
+    assert history.best_step == kept
+    assert history.scores[1] == (2, sum(middle) / 100)
+
+
 def test_without_a_score_the_last_state_is_kept(learned: nn.Module) -> None:
     model = start(learned)
     history = train(model, cross_entropy, problem(), schedule=Schedule(steps=7, lr=5.0))

@@ -82,8 +82,8 @@ class Contenders:
         assert self.training is not None
         how, prepared = self.training, self._calibrated(self._plan(self.presets[1]))
 
-        def judge(model: nn.Module) -> float:
-            return scores_of(model, "the trained model", how.validation, self.score).mean().item()
+        def judge(model: nn.Module) -> Tensor:
+            return scores_of(model, "the trained model", how.validation, self.score)
 
         place = None if self.work is None else self.work / "training"
         score = judge if how.validation else None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from bitwright.errors import MissingExtraError, TrainingError
-from bitwright.train.history import Best, History
+from bitwright.train.history import Best, History, Score
 from bitwright.train.precision import own_bits, set_own_bits
 from bitwright.train.schedule import Schedule
 from bitwright.train.step import StepRules
@@ -33,7 +30,7 @@ class ScheduleCallback(TrainerCallback):
     """
 
     def __init__(
-        self, schedule: Schedule, *, score: Callable[[nn.Module], float] | None = None, score_every: int | None = None
+        self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None
     ) -> None:
         self.schedule, self.score = schedule, score
         self.score_every = score_every or max(1, schedule.steps // 10)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from bitwright.errors import MissingExtraError, TrainingError
-from bitwright.train.history import Best, History
+from bitwright.train.history import Best, History, Score
 from bitwright.train.precision import own_bits, set_own_bits
 from bitwright.train.schedule import Schedule
 from bitwright.train.step import StepRules
@@ -34,7 +32,7 @@ class ScheduleCallback(Callback):
     """
 
     def __init__(
-        self, schedule: Schedule, *, score: Callable[[nn.Module], float] | None = None, score_every: int | None = None
+        self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None
     ) -> None:
         self.schedule, self.score = schedule, score
         self.score_every = score_every or max(1, schedule.steps // 10)
@@ -63,7 +61,7 @@ class ScheduleCallback(Callback):
         if self._loaded:
             self.rules.load_state_dict(self._loaded["rules"])
             self.history.load_state_dict(self._loaded["history"])
-            self.best.state = self._loaded["best"]
+            self.best.load_state_dict(self._loaded["best"])
         else:
             self.best.consider(self._done)
 
@@ -110,7 +108,7 @@ class ScheduleCallback(Callback):
         return {
             "rules": self.rules.state_dict(),
             "history": self.history.state_dict(),
-            "best": self.best.state,
+            "best": self.best.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import TrainingError
 from bitwright.observe.ranks import world_size
-from bitwright.train.history import History
+from bitwright.train.history import History, Score
 from bitwright.train.interrupt import Interrupts
 from bitwright.train.parallel import check_wrapped
 from bitwright.train.resume import load_run, save_run
@@ -27,7 +27,7 @@ def train(
     *,
     schedule: Schedule,
     optimizer: torch.optim.Optimizer | None = None,
-    score: Callable[[nn.Module], float] | None = None,
+    score: Score | None = None,
     score_every: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
     checkpoint: str | Path | None = None,
@@ -40,7 +40,9 @@ def train(
     ``loss(model, batch)`` returns a scalar; ``batches`` (a list or DataLoader, read again when exhausted, or a function
     from the epoch's number to one) yields what it takes. ``score(model)``, larger is better, is asked at the start,
     every ``score_every`` steps (default: a tenth of the schedule) and at the end; the model ends with the best state
-    seen, so never below its calibrated start. Score on data that is kept apart from the final test. While
+    seen, so never below its calibrated start. It returns a number, or better the scores of single items (see
+    `item_scores`): then the latest state is kept that is not worse than the highest score with 95 % confidence,
+    because the highest of noisy scores is often luck. Score on data that is kept apart from the final test. While
     ``Schedule(precision=...)`` has other bits than the plan, nothing is scored. ``on_step(step, loss)`` shows progress.
 
     ``checkpoint`` is a folder that holds the whole state of the run, written every ``checkpoint_every`` steps (default:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitwright.errors import NumericsError, TrainingError
 from bitwright.train.amp import LossScale, finite_gradients
 from bitwright.train.groups import ranges_of
-from bitwright.train.history import Best, History
+from bitwright.train.history import Best, History, Score
 from bitwright.train.parallel import any_rank
 from bitwright.train.precision import own_bits, set_own_bits
 from bitwright.train.schedule import Schedule
@@ -33,7 +33,7 @@ class Run:
         stream: Stream,
         schedule: Schedule,
         optimizer: torch.optim.Optimizer | None,
-        score: Callable[[nn.Module], float] | None,
+        score: Score | None,
         *,
         skip: bool,
         autocast: torch.dtype | None,
@@ -128,7 +128,7 @@ class Run:
             "model": self.prepared.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history.state_dict(),
-            "best": self.best.state,
+            "best": self.best.state_dict(),
             "rules": self.rules.state_dict(),
             "loss_scale": None if self.loss_scale is None else vars(self.loss_scale),
         }
@@ -139,7 +139,7 @@ class Run:
         self.prepared.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history.load_state_dict(state["history"])
-        self.best.state = state["best"]
+        self.best.load_state_dict(state["best"])
         self.rules.load_state_dict(state["rules"])
         if self.loss_scale is not None:
             vars(self.loss_scale).update(state["loss_scale"])
