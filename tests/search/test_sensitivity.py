@@ -17,7 +17,7 @@ from bitwright.observe.fit import weight_qparams
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.agreement import agreement, check, ranks, spearman
-from bitwright.search.alone import weight_change
+from bitwright.search.alone import Weights
 from bitwright.search.fisher import samples_of
 from bitwright.search.sensitivity import Harm, Sensitivity, sensitivity
 
@@ -110,7 +110,7 @@ def test_an_activation_alone_is_replaced_on_its_way_in() -> None:
 def test_the_change_of_a_folded_weight_is_that_of_its_own_parameter() -> None:
     model = net()
     plan = plan_of(model)
-    change = weight_change(model, plan, Site("0", "weight"), "int3/channel", batches(), lambda m, x: m(x))
+    change = Weights(model, plan, batches(), lambda m, x: m(x)).change(Site("0", "weight"), "int3/channel")
     prepared = prepare(model, plan.with_sites({"*": None, "0.weight": "int3/channel"}))
     calibrate(prepared)
     with torch.no_grad():
@@ -162,6 +162,38 @@ def test_the_rounding_of_the_plan_is_the_one_that_is_measured() -> None:
     nearest = sensitivity(model, plan_of(model), batches(8), spec, method="sqnr")
     swept = sensitivity(model, plan_of(model, steps=["gptq"]), batches(8), spec, method="sqnr")
     assert swept.rows[0].harm < 0.8 * nearest.rows[0].harm
+
+
+class Inplace(nn.Module):
+    """A batch norm that folds, a sum written over the input of a layer, a weight of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)
+        self.a, self.b, self.c, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        y = self.a(x)
+        x.add_(y).relu_()
+        return self.out(self.c(self.b(x)))
+
+
+@pytest.mark.parametrize("steps", [["gptq", "bias_correction"], ["cle", "gptq"]])
+def test_the_steps_find_what_they_find_when_the_whole_model_runs(steps: list[str]) -> None:
+    torch.manual_seed(0)
+    model, data = Inplace().eval(), [torch.randn(24, 6) for _ in range(3)]
+    plan = Plan.preset("w4a16", model, data[0], observers=FAST, steps=steps)
+    rounded = Weights(model, plan, data, lambda m, x: m(x))
+    for path in ("stem", "a", "b"):
+        for spec in ("int2/channel", "int4/channel"):
+            sites = {"*": None, **dict.fromkeys(("b.weight", "c.weight") if path == "b" else (f"{path}.weight",), spec)}
+            whole = prepare(model, plan.with_sites(sites))
+            calibrate(whole, data)
+            alone = rounded.alone(Site(path, "weight"), spec)
+            for x in data:
+                torch.testing.assert_close(alone.eval()(x.clone()), whole.eval()(x.clone()), rtol=0, atol=0)
 
 
 def test_a_file_can_be_saved_read_and_continued(tmp_path: Path) -> None:

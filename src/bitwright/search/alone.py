@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from bitwright.algorithms.pipeline import calibrate
+from bitwright.algorithms.pipeline import FORESEEN, calibrate
 from bitwright.costs.choices import sharing
 from bitwright.errors import SearchError
 from bitwright.flow.prepare import prepare
+from bitwright.graph.dataflow import evaluating
 from bitwright.nn.layer import QLayer, Simulated
 from bitwright.nn.norm import factor_of
 from bitwright.nn.quantizer import Quantizer, Stage
@@ -27,44 +29,90 @@ Forward = Callable[[nn.Module, Any], Any]
 _ARGUMENTS = {"query": 0, "key": 1, "value": 2}
 
 
-def weight_alone(
-    model: nn.Module, plan: Plan, site: Site, spec: str, batches: Sequence[Any], forward: Forward
-) -> nn.Module:
-    """A calibrated copy in which only the weight at ``site`` has a spec, with the steps of the plan."""
-    prepared = _prepared_alone(model, plan, site, spec)
-    calibrate(prepared, batches if plan.steps else (), forward=forward)
-    return prepared
+class Weights:
+    """A model in float whose weights can be rounded one by one, with the steps of the plan.
+
+    The layers before the only rounded one are in float, so steps that work on a layer are given its inputs, which are
+    recorded once for all its specs. Other steps run the whole model.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Any], forward: Forward) -> None:
+        self.model, self.plan, self.batches, self.forward = model, plan, batches, forward
+        self._whole = any(step.method.moment != "layer" or step.name in FORESEEN for step in plan.steps)
+        self._inputs: tuple[Site, list[_Calls]] | None = None
+
+    def alone(self, site: Site, spec: str) -> nn.Module:
+        """A calibrated copy in which only the weight at ``site`` has a spec."""
+        prepared = self._prepared(site, spec)
+        self._calibrate(prepared, site)
+        return prepared
+
+    @torch.no_grad()
+    def change(self, site: Site, spec: str) -> Tensor:
+        """What `alone` changes at the parameter of ``site``, in its own shape; a batch norm is divided out again."""
+        floats = [step.name for step in self.plan.steps if step.method.moment == "float"]
+        if floats:
+            raise SearchError(
+                f"step {floats[0]} rescales weights, so their change is no rounding error; measure 'kl' or 'loss'"
+            )
+        prepared = self._prepared(site, spec)
+        module = prepared.get_submodule(site.path)
+        assert isinstance(module, Simulated)
+        before = module.quantized_weights()[site.slot].clone()
+        factor = factor_of(module.norm[0]) if isinstance(module, QLayer) and module.norm else None
+        self._calibrate(prepared, site)
+        quantizer = module.quantizer(site.slot)
+        assert quantizer is not None
+        change = quantizer.simulate(module.quantized_weights()[site.slot]) - before
+        if factor is not None:
+            factor = factor.view(-1, *[1] * (change.dim() - 1)).float()
+            change = torch.where(factor == 0, 0.0, change / factor)
+        return module.from_rows(change)
+
+    def _prepared(self, site: Site, spec: str) -> nn.Module:
+        chosen = sharing(self.plan, site)
+        sites = {other: QuantSpec.parse(spec) if other in chosen else None for other in self.plan.sites}
+        return prepare(self.model, replace(self.plan, sites=sites).with_sites({}))
+
+    def _calibrate(self, prepared: nn.Module, site: Site) -> None:
+        if not self.plan.steps:
+            calibrate(prepared, forward=self.forward)
+        elif self._whole:
+            calibrate(prepared, self.batches, forward=self.forward)
+        else:
+            if self._inputs is None or self._inputs[0] != site:
+                paths = list(dict.fromkeys(other.path for other in sharing(self.plan, site)))
+                self._inputs = site, [_calls(prepared, batch, self.forward, paths) for batch in self.batches]
+            calibrate(prepared, self._inputs[1], forward=_called)
 
 
-def _prepared_alone(model: nn.Module, plan: Plan, site: Site, spec: str) -> nn.Module:
-    chosen = sharing(plan, site)
-    sites = {other: QuantSpec.parse(spec) if other in chosen else None for other in plan.sites}
-    return prepare(model, replace(plan, sites=sites).with_sites({}))
+_Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 
 
 @torch.no_grad()
-def weight_change(
-    model: nn.Module, plan: Plan, site: Site, spec: str, batches: Sequence[Any], forward: Forward
-) -> Tensor:
-    """What `weight_alone` changes at the parameter of ``site``, in its own shape; a batch norm is divided out again."""
-    floats = [step.name for step in plan.steps if step.method.moment == "float"]
-    if floats:
-        raise SearchError(
-            f"step {floats[0]} rescales weights, so their change is no rounding error; measure 'kl' or 'loss'"
-        )
-    prepared = _prepared_alone(model, plan, site, spec)
-    module = prepared.get_submodule(site.path)
-    assert isinstance(module, Simulated)
-    before = module.quantized_weights()[site.slot].clone()
-    factor = factor_of(module.norm[0]) if isinstance(module, QLayer) and module.norm else None
-    calibrate(prepared, batches if plan.steps else (), forward=forward)
-    quantizer = module.quantizer(site.slot)
-    assert quantizer is not None
-    change = quantizer.simulate(module.quantized_weights()[site.slot]) - before
-    if factor is not None:
-        factor = factor.view(-1, *[1] * (change.dim() - 1)).float()
-        change = torch.where(factor == 0, 0.0, change / factor)
-    return module.from_rows(change)
+def _calls(model: nn.Module, batch: Any, forward: Forward, paths: Sequence[str]) -> _Calls:
+    """The calls of modules in one forward, in order; arguments are copied: models change tensors in place."""
+    found: _Calls = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((path, *tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))))
+
+        return hook
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths]
+    try:
+        with evaluating(model):
+            forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _called(model: nn.Module, calls: _Calls) -> None:
+    for path, args, kwargs in calls:
+        model.get_submodule(path)(*args, **kwargs)
 
 
 class Activations:

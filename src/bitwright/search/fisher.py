@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bitwright.errors import SearchError
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
-from bitwright.search.alone import Activations, Forward, weight_change
+from bitwright.search.alone import Activations, Forward, Weights
 
 Todo = Sequence[tuple[Site, str]]
 
@@ -51,9 +51,10 @@ def harms(
                     assert x.grad is not None
                     change = quantizer.simulate(x.detach()) - x.detach()
                     hidden[site, text][index] += 0.5 * (x.grad * change).square().sum().item() / len(items)
+    rounded = Weights(model, plan, batches, forward)
     for site, text in todo:
         if site.is_weight:
-            change = weight_change(model, plan, site, text, batches, forward)
+            change = rounded.change(site, text)
             yield site, text, 0.5 * (squares[site].double() * change.double().square()).flatten(1).sum(1)
         else:
             yield site, text, hidden[site, text]

@@ -39,7 +39,7 @@ from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, matching
 from bitwright.search import fisher
-from bitwright.search.alone import Activations, Forward, weight_alone
+from bitwright.search.alone import Activations, Forward, Weights
 
 METHODS = {"loss": "of the loss", "kl": "nats", "sqnr": "noise power over signal power", "fisher": "of the loss"}
 MEASURED = ("loss", "kl")
@@ -204,8 +204,9 @@ class _Measured:
             base = [see(model, batch) for batch in batches]
             hidden = [(site, text) for site, text in todo if not site.is_weight]
             activations = Activations(model, plan, hidden, batches, forward) if hidden else None
+            weights = Weights(model, plan, batches, forward)
             for site, text in todo:
-                with _alone(model, plan, site, text, batches, forward, activations) as changed:
+                with _alone(site, text, weights, activations) as changed:
                     values = [compare(b, see(changed, batch)) for b, batch in zip(base, batches, strict=True)]
                 yield site, text, torch.tensor(values, dtype=torch.float64)
 
@@ -215,19 +216,11 @@ class _Measured:
 
 
 @contextmanager
-def _alone(
-    model: nn.Module,
-    plan: Plan,
-    site: Site,
-    text: str,
-    batches: Sequence[Any],
-    forward: Forward,
-    held: Activations | None,
-) -> Iterator[nn.Module]:
-    if held is None or site.is_weight:
-        yield weight_alone(model, plan, site, text, batches, forward).eval()
+def _alone(site: Site, text: str, weights: Weights, activations: Activations | None) -> Iterator[nn.Module]:
+    if activations is None or site.is_weight:
+        yield weights.alone(site, text).eval()
     else:
-        with held.alone(site, text) as changed:
+        with activations.alone(site, text) as changed:
             yield changed
 
 
