@@ -89,3 +89,13 @@ def summed(layers: Sequence[Layer], picked: Sequence[Choice], fixed: Cost, gap: 
     }
     cost = sum((choice.cost for choice in picked), fixed)
     return Allocation(sites, math.fsum(choice.harm for choice in picked), cost, gap)
+
+
+def keeps_to(found: Allocation, budget: Budget) -> bool:
+    """Whether an allocation is within all limits.
+
+    >>> keeps_to(Allocation({}, 0.0, Cost(bytes=5)), Budget(bytes=4))
+    False
+    """
+    value = {name: found.harm if name == "drop" else getattr(found.cost, name) for name in budget.limits()}
+    return all(value[name] <= limit for name, limit in budget.limits().items())

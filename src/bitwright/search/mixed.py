@@ -14,10 +14,12 @@ from bitwright.costs.prices import Prices, Pricing
 from bitwright.errors import SearchError
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, rows_shape
+from bitwright.plan.target import spelled
 from bitwright.search.agreement import LEAST_RANK, check
 from bitwright.search.allocate import allocate
-from bitwright.search.budget import Allocation, Budget, Choice, Layer
+from bitwright.search.budget import Allocation, Budget, Choice, Layer, summed
 from bitwright.search.dominance import Slower, slower
+from bitwright.search.front import pareto
 from bitwright.search.sensitivity import Sensitivity
 
 
@@ -32,6 +34,24 @@ class Mixture:
     def allocate(self, budget: Budget, **options: Any) -> Allocation:
         """The best allocation within ``budget``, see `allocate`."""
         return allocate(self.layers, budget, ties=self.ties, fixed=self.fixed, **options)
+
+    def of(self, plan: Plan) -> Allocation:
+        """What a plan has at these sites, as an allocation; raises `SearchError` for specs that are no choice."""
+        picked = []
+        for layer in self.layers:
+            specs = tuple(spelled(plan.sites[Site.parse(site)]) for site in layer.sites)
+            known = {choice.specs: choice for choice in layer.choices}
+            if specs not in known:
+                raise SearchError(
+                    f"{', '.join(layer.sites)}: the plan has {', '.join(specs)}, of which no harm is known; measure "
+                    "the sensitivity for the specs of the plan too"
+                )
+            picked.append(known[specs])
+        return summed(self.layers, picked, self.fixed)
+
+    def front(self, resource: str = "bytes") -> list[Allocation]:
+        """The convex front of one resource and summed harm, from the cheapest allocation on, see `pareto`."""
+        return pareto(self.layers, resource, ties=self.ties, fixed=self.fixed)
 
     def slower(self) -> list[Slower]:
         """Choices that have no winning kernel: another one of their layer is as fast and harms no more."""

@@ -146,7 +146,7 @@ def sensitivity(
     return replace(found, rows=tuple(table[str(site), text] for site, text in wanted))
 
 
-def _check(method: str, loss: Loss | None, batches: list[Any]) -> None:
+def _check(method: str, loss: Loss | None, batches: Sequence[Any]) -> None:
     if method not in METHODS:
         raise SearchError(f"method is one of {', '.join(METHODS)}; got {method!r}")
     if method == "loss" and loss is None:
@@ -182,6 +182,30 @@ def _row(site: Site, text: str, values: Tensor) -> Harm:
     return Harm(str(site), text, values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
+def harm_of_whole(
+    model: nn.Module, batches: Sequence[Any], method: str = "kl", loss: Loss | None = None, forward: Forward = call
+) -> tuple[Callable[[nn.Module], Tensor], str]:
+    """A function that gives the harm of a changed model on each batch, ``[batches]`` in float64, and its unit.
+
+    ``method`` is ``kl``, ``loss`` or ``sqnr``: a Fisher matrix says nothing of a whole model. Raises `SearchError` for
+    others and for a loss that is missing; the function does for harm that is not finite.
+    """
+    if method == "fisher":
+        raise SearchError("fisher is no harm of a whole model; measure kl, loss or sqnr")
+    _check(method, loss, batches)
+    see = _losses(loss) if method == "loss" and loss is not None else _outputs(forward)
+    compare = {"loss": _rise, "sqnr": _noise, "kl": _divergence}[method]
+    with torch.no_grad(), evaluating(model):
+        base = [see(model, batch) for batch in batches]
+
+    def harm(changed: nn.Module) -> Tensor:
+        with torch.no_grad(), evaluating(changed):
+            values = [compare(b, see(changed, batch)) for b, batch in zip(base, batches, strict=True)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    return harm, METHODS[method]
+
+
 @dataclass(frozen=True, slots=True)
 class _Measured:
     """Methods that run each candidate on all batches."""
@@ -198,30 +222,27 @@ class _Measured:
         forward: Forward,
     ) -> Iterator[tuple[Site, str, Tensor]]:
         """One value per batch for each site and spec."""
-        see = self._loss(loss) if self.method == "loss" else _outputs(forward)
-        compare = {"loss": _rise, "sqnr": _noise, "kl": _divergence}[self.method]
+        harm, _ = harm_of_whole(model, batches, self.method, loss, forward)
+        hidden = [(site, text) for site, text in todo if not site.is_weight]
         with torch.no_grad():
-            base = [see(model, batch) for batch in batches]
-            hidden = [(site, text) for site, text in todo if not site.is_weight]
             activations = Activations(model, plan, hidden, batches, forward) if hidden else None
             weights = Weights(model, plan, batches, forward)
             for site, text in todo:
                 with _alone(site, text, weights, activations) as changed:
-                    values = [compare(b, see(changed, batch)) for b, batch in zip(base, batches, strict=True)]
-                yield site, text, torch.tensor(values, dtype=torch.float64)
-
-    def _loss(self, loss: Loss | None) -> Callable[[nn.Module, Any], list[Tensor]]:
-        assert loss is not None
-        return lambda model, batch: [loss(model, batch).detach().double()]
+                    yield site, text, harm(changed)
 
 
 @contextmanager
 def _alone(site: Site, text: str, weights: Weights, activations: Activations | None) -> Iterator[nn.Module]:
     if activations is None or site.is_weight:
-        yield weights.alone(site, text).eval()
+        yield weights.alone(site, text)
     else:
         with activations.alone(site, text) as changed:
             yield changed
+
+
+def _losses(loss: Loss) -> Callable[[nn.Module, Any], list[Tensor]]:
+    return lambda model, batch: [loss(model, batch).detach().double()]
 
 
 def _outputs(forward: Forward) -> Callable[[nn.Module, Any], list[Tensor]]:
