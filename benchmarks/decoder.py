@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bitwright.lowbit.layer import LowbitLayer
 
 PROMPT, DECODED, PREFILL = 32, 32, 512  # tokens; the cache holds so many
 Weights = dict[str, Tensor]
@@ -84,29 +87,42 @@ class Llama(nn.Module):
             x = one_token(block, x, turn, cache[i], at) if len(ids) == 1 else block(x, turn, cache[i], at)
         return self.head(self.norm(x[-1:]))[0]
 
-    def start(self) -> tuple[Tensor, Tensor, int]:
-        """Arguments behind the tokens for a new text: turns of positions ``[p, 1, size / 2, 2]``, an empty cache, 0."""
-        s, longest = self.shape, PREFILL + PROMPT + DECODED
-        frequency = 10000.0 ** (-torch.arange(0, s.size, 2) / s.size)
-        angles = torch.arange(longest)[:, None] * frequency
-        cache = torch.zeros(s.layers, longest, 2 * s.kv_heads, s.size)
-        return torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(1), cache, 0
+
+def start(s: Shape) -> tuple[Tensor, Tensor, int]:
+    """Arguments behind the tokens for a new text: turns of positions ``[p, 1, size / 2, 2]``, an empty cache, 0."""
+    longest = max(PREFILL, PROMPT + DECODED)
+    frequency = 10000.0 ** (-torch.arange(0, s.size, 2) / s.size)
+    angles = torch.arange(longest)[:, None] * frequency
+    cache = torch.zeros(s.layers, longest, 2 * s.kv_heads, s.size)
+    return torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(1), cache, 0
 
 
 def model_of(weights: Weights, shape: Shape) -> Llama:
-    """The float model on these very tensors."""
+    """The float model of one layer on these very tensors."""
     with torch.device("meta"):
-        model = Llama(shape)
+        model = Llama(replace(shape, layers=1))
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
 def random_weights(shape: Shape) -> Weights:
+    """Of the model with one layer."""
     with torch.device("meta"):
-        empty = Llama(shape).state_dict()
+        empty = Llama(replace(shape, layers=1)).state_dict()
     found = {name: torch.randn(t.shape) for name, t in empty.items()}
     for name, tensor in found.items():
-        tensor.mul_(0.1).add_(1) if tensor.dim() == 1 else tensor.mul_(
-            1 if "embed" in name else tensor.shape[1] ** -0.5
-        )
+        if tensor.dim() == 1:
+            tensor.mul_(0.1).add_(1)
+        elif name != "embed.weight":
+            tensor.mul_(tensor.shape[1] ** -0.5)
     return found
+
+
+def repeat(model: nn.Module, shape: Shape) -> nn.Module:
+    """All layers, each with memory of its own, from a model of one, float or low-bit."""
+    (block,) = model.blocks
+    kept = [
+        part for m in block.modules() if isinstance(m, LowbitLayer) for part in (m.kernel, m.weight_spec, m.input_spec)
+    ]
+    model.blocks.extend(copy.deepcopy(block, {id(part): part for part in kept}) for _ in range(shape.layers - 1))
+    return model

@@ -1,12 +1,13 @@
 """README claim: a Llama of 1.1 billion parameters, tokens per second against llama.cpp, in alternating runs.
 
-TinyLlama's shape with random weights: this times shapes, not accuracy. Ours is plain PyTorch with a cache
-(decoder.py), quantized by the public functions: weights as named, activations of linear layers in 8 bits with a scale
-per token. llama.cpp gets the same weights in a file of float16, rounded by its own function, all matrices in the type
-named. Output layer and embedding have 8 bits on both sides. Decoding: the median of 32 single tokens behind a prompt
-of 32; prefill: 512 tokens at once. Rates are medians over rounds; ratios are taken within rounds (median, 10 % and
-90 % quantiles). Bytes are what a token reads: all but the embedding. Errors are those of the logits behind the prompt,
-relative to the float model's.
+TinyLlama's shape with random weights: this times shapes, not accuracy. All layers have the same weights, each in
+memory of its own, so that one is converted. Ours is plain PyTorch with a cache (decoder.py; single tokens go through
+layers that torch compiles), quantized by the public functions: weights as named, activations of linear layers in 8
+bits with a scale per token. llama.cpp gets the same weights in a file of float16, rounded by its own function, all
+matrices in the type named. Output layer and embedding have 8 bits on both sides. Decoding: the median of 32 single
+tokens behind a prompt of 32; prefill: 512 tokens at once. Rates are medians over rounds; ratios are taken within
+rounds (median, 10 % and 90 % quantiles). Bytes are what a token reads, in the kernels' own layout: all weights but the
+embedding. Errors are those of the logits behind the prompt, relative to the float model's.
 Writes results/llama.json; ``--tiny`` only shows that everything runs. Needs 14 GB, and 5 GB in the temporary folder.
 
     pip install gguf
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from decoder import DECODED, PREFILL, PROMPT, Shape, Weights, model_of, random_weights
+from decoder import DECODED, PREFILL, PROMPT, Shape, Weights, model_of, random_weights, repeat, start
 from peers import missing, versions
 from results import write
 
@@ -47,14 +48,13 @@ Q8_0 = 8
 
 def shipped(weights: Weights, shape: Shape, fmt: str) -> nn.Module:
     """Our low-bit model: blocks in the format, output layer and embedding in 8 bits per channel."""
-    model = model_of(weights, shape)
-    example = (torch.arange(4), *model.start())
+    model, example = model_of(weights, shape), (torch.arange(4), *start(shape))
     sites = {"blocks.*.weight": fmt, "head.weight": "int8/channel", "head.input": "int8/token/dynamic"}
     ranges = {"*.weight": "minmax"}
     plan = bw.Plan.preset("w8a8-dynamic", model, example, target="cpu", sites=sites, observers=ranges)
     prepared = bw.prepare(model, plan, inplace=True)
     bw.calibrate(prepared)
-    return bw.convert(prepared, inplace=True)
+    return repeat(bw.convert(prepared, inplace=True), shape)
 
 
 @dataclass
@@ -80,9 +80,10 @@ class Contender:
         return time.perf_counter() - start
 
 
-def torch_contender(name: str, model: nn.Module, start: tuple[Tensor, Tensor, int]) -> Contender:
-    turns, cache, _ = start
-    size = sum(t.nbytes for key, t in model.state_dict().items() if not key.startswith("embed"))
+def torch_contender(name: str, model: nn.Module, shape: Shape) -> Contender:
+    turns, cache, _ = start(shape)
+    parts = [*model.named_parameters(), *(pair for pair in model.named_buffers() if "kernel_" in pair[0])]
+    size = sum(part.nbytes for key, part in parts if not key.startswith("embed"))
     return Contender(name, size, lambda ids, at: model(torch.tensor(ids), turns, cache, at))
 
 
@@ -116,9 +117,10 @@ def named_for_gguf(weights: Weights, s: Shape) -> Iterator[tuple[str, Tensor]]:
     rows = {"qkv": [s.width, s.kv_heads * s.size, s.kv_heads * s.size], "gate_up": [s.hidden, s.hidden]}
     for name, tensor in weights.items():
         if name.startswith("blocks"):
-            _, i, kind, _ = name.split(".")
+            kind = name.split(".")[2]
             pieces = tensor.split(rows.get(kind, len(tensor)))
-            yield from ((f"blk.{i}.{part}", piece) for part, piece in zip(parts[kind], pieces, strict=True))
+            for i in range(s.layers):
+                yield from ((f"blk.{i}.{part}", piece) for part, piece in zip(parts[kind], pieces, strict=True))
         else:
             known = {"embed.weight": "token_embd", "norm.weight": "output_norm", "head.weight": "output"}
             yield known[name], tensor
@@ -162,10 +164,9 @@ def contenders(
     weights: Weights, shape: Shape, chosen: Sequence[str], folder: Path, threads: int
 ) -> Iterator[Contender]:
     """The float model first, then of ours and llama.cpp's those whose name holds one of ``chosen``."""
-    model = model_of(weights, shape)
-    yield torch_contender("torch float32", model, model.start())
+    yield torch_contender("torch float32", repeat(model_of(weights, shape), shape), shape)
     for fmt in (fmt for fmt in OURS if any(part in fmt for part in chosen)):
-        yield torch_contender(fmt, shipped(weights, shape, fmt), model.start())
+        yield torch_contender(fmt, shipped(weights, shape, fmt), shape)
     if "llama-cpp-python" in missing():
         print("left out: llama-cpp-python is not installed")
         return
