@@ -47,6 +47,7 @@ arm:                         ## the same on 64-bit Arm, emulated: with dot produ
 	for cpu in max cortex-a53; do qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu build/arm/self_test 60; done
 
 bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
-	$(BIN)/pip install -q -c constraints.txt openvino
-	for script in kernels networks latency overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/pip install -q -c constraints.txt openvino gguf
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/pip install -q -c constraints.txt llama-cpp-python  # ten minutes, once
+	for script in kernels llama networks latency overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/compare.py
