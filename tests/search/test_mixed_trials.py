@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
 from bitwright.errors import SearchError
+from bitwright.nn.quantizer import Quantizer
 from bitwright.search.mixed import Mixture
 from bitwright.search.mixed_trials import ALLOCATED, PLANNED, mixed
 from bitwright.search.sensitivity import Sensitivity, harm_of_whole, sensitivity
@@ -123,9 +124,27 @@ def test_what_cannot_be_judged() -> None:
     model = net()
     plan = plan_of(model)
     choices, limit = choices_of(model, plan), bw.Budget(bytes=plan_bytes(model, plan))
-    with pytest.raises(SearchError, match="at least 2 batches to judge by, got 1"):
+    with pytest.raises(SearchError, match="at least 2 batches, got 1"):
         mixed(model, plan, data(4, 1), choices, limit, judge=data(1, 2))
     with pytest.raises(SearchError, match="fisher is no harm of a whole model"):
         mixed(model, plan, data(4, 1), choices, limit, judge=data(2, 2), method="fisher")
     with pytest.raises(SearchError, match="needs loss"):
         mixed(model, plan, data(4, 1), choices, limit, judge=data(2, 2), method="loss")
+    nan = lambda m, b: m(b).sum() * float("nan")  # noqa: E731
+    with pytest.raises(SearchError, match="the harm of no plan is finite"):
+        mixed(model, plan, data(4, 1), choices, limit, judge=data(2, 2), method="loss", loss=nan)
+
+
+def test_a_plan_without_finite_harm_is_not_taken() -> None:
+    model = net()
+    plan = plan_of(model)
+    choices, limit = choices_of(model, plan), bw.Budget(bytes=plan_bytes(model, plan))
+
+    def loss(changed: nn.Module, batch: Tensor) -> Tensor:
+        widths = {str(m.spec) for m in changed.modules() if isinstance(m, Quantizer)}
+        error = F.mse_loss(changed(batch), model(batch))
+        return error * float("nan") if widths == {"int4/channel"} else error
+
+    found = mixed(model, plan, data(4, 1), choices, limit, judge=data(2, 2), method="loss", loss=loss, points=0)
+    assert found.best.name != PLANNED
+    assert {one.name: one.harm for one in found.tried}[PLANNED] == float("inf")

@@ -37,8 +37,8 @@ PLANNED, ALLOCATED, ROOTS = "as planned", "least summed harm", "least sum of roo
 class Tried:
     """A plan that was calibrated: stored bytes, summed harm, harm of the whole.
 
-    ``harm`` is the mean over batches of the judging data and ``error`` its standard error; ``fits`` says whether the
-    plan is within the budget.
+    ``harm`` is the mean over batches of the judging data, infinite where one of them gives no number, and ``error`` its
+    standard error; ``fits`` says whether the plan is within the budget.
     """
 
     name: str
@@ -104,11 +104,8 @@ def mixed(
     of other data (for both see ``forward``). ``choices`` is the `Mixture` of ``plan``; ``method`` and ``loss`` are
     those of `sensitivity`, without ``fisher``. ``points`` of the front are tried too, over the budget as well, so that
     the table shows what more bytes would buy. Raises `SearchError` for a budget that nothing meets, for specs of
-    ``plan`` that are not among the choices, and for fewer than 2 batches to judge by.
+    ``plan`` that are not among the choices, for fewer than 2 batches to judge by, and where no harm is finite.
     """
-    judge = list(judge)
-    if len(judge) < 2:
-        raise SearchError(f"a standard error needs at least 2 batches to judge by, got {len(judge)}; split the data")
     harm, unit = harm_of_whole(model, judge, method, loss, forward)
     trials: list[Tried] = []
     best: tuple[Tried, nn.Module] | None = None
@@ -116,14 +113,16 @@ def mixed(
         prepared = prepare(model, candidate)
         calibrate(prepared, batches, forward=forward)
         values = harm(prepared)
-        error, stored = values.std().item() / math.sqrt(len(values)), int(known.cost.bytes)
-        fits = keeps_to(known, budget)
-        one = Tried(name, candidate, stored, known.harm, values.mean().item(), error, fits)
+        found = values.mean().item(), values.std().item() / math.sqrt(len(values))
+        found = found if math.isfinite(found[0]) else (math.inf, math.inf)
+        one = Tried(name, candidate, int(known.cost.bytes), known.harm, *found, keeps_to(known, budget))
         say(one)
         trials.append(one)
         if one.fits and (best is None or one.harm < best[0].harm):
             best = one, prepared
     assert best is not None
+    if math.isinf(best[0].harm):
+        raise SearchError("the harm of no plan is finite on every batch; look at the loss and at the data")
     return Mixed(tuple(sorted(trials, key=lambda one: one.bytes)), *best, unit)
 
 

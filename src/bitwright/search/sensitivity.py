@@ -188,8 +188,9 @@ def harm_of_whole(
     """A function that gives the harm of a changed model on each batch, ``[batches]`` in float64, and its unit.
 
     ``method`` is ``kl``, ``loss`` or ``sqnr``: a Fisher matrix says nothing of a whole model. Raises `SearchError` for
-    others and for a loss that is missing; the function does for harm that is not finite.
+    others, for a loss that is missing, and for fewer than 2 batches.
     """
+    batches = list(batches)
     if method == "fisher":
         raise SearchError("fisher is no harm of a whole model; measure kl, loss or sqnr")
     _check(method, loss, batches)
