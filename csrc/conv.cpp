@@ -2,7 +2,9 @@
 // an NHWC byte image with its border filled in; channels are padded to 4 per group so that every step of 4
 // inputs lies inside one pixel. A row of output pixels is then a strip: neighbours are stride_w pixels apart,
 // and the window is a list of runs, one per filter row where its pixels are adjacent (no dilation, one
-// group), else one per tap. No copy of the windows is made.
+// group), else one per tap. No copy of the windows is made. Input that comes as bytes is copied into that image
+// (read in place where it needs neither border nor padding); results leave as float32, or as the bytes that the
+// next layer reads.
 //
 // Packed weights
 //   dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c padded to 4;
@@ -20,6 +22,7 @@ namespace {
 
 constexpr int64_t kChunkBytes = 16 << 20;  // of the quantized images that are in memory at once
 constexpr int64_t kStripPixels = 96;
+constexpr int64_t kSerialEncode = 1 << 14;
 
 bool is_depthwise(int64_t o, int64_t c_per_group, int64_t groups) { return c_per_group == 1 && o == groups; }
 
@@ -33,6 +36,8 @@ struct Plan {
     int64_t runs, run_groups;
     bool flat;  // 1x1 without border: strips are pieces of one sequence of pixels
     int64_t strip_pixels;
+    bool in_place;     // the bytes of the input are the image
+    int64_t y_pixel;   // elements of an output pixel
 };
 
 void check(const Conv& a) {
@@ -55,8 +60,8 @@ void check(const Conv& a) {
     const bool inside =
         a.zero >= static_cast<float>(a.range.qmin) && a.zero <= static_cast<float>(a.range.qmax);
     require(inside || (a.pad_h == 0 && a.pad_w == 0), "padding needs a zero point inside the range of codes");
-    require(a.x != nullptr || a.n == 0, "null pointer");
-    require(a.y != nullptr || a.n == 0, "null pointer");
+    require(a.x != nullptr || a.x_bytes != nullptr || a.n == 0, "null pointer");
+    require(a.y != nullptr || a.to.out != nullptr || a.n == 0, "null pointer");
     require(a.weight != nullptr && a.w_scale != nullptr && a.w_sum != nullptr, "null pointer");
 }
 
@@ -79,6 +84,9 @@ Plan make_plan(const Conv& args) {
     p.depthwise = is_depthwise(a.o, a.c / a.groups, a.groups);
     const int64_t groups = p.depthwise ? 1 : a.groups;
     p.image = Image::of(a, groups);
+    const bool dense = a.x_stride[2] == a.w * p.image.pixel_bytes && a.x_stride[0] == a.h * a.x_stride[2];
+    p.in_place = a.x_bytes != nullptr && dense && groups == 1 && a.pad_h == 0 && a.pad_w == 0 && !p.depthwise;
+    p.y_pixel = a.to.out != nullptr ? round_up(a.o, 4) : a.o;
     p.o_per_group = a.o / groups;
     p.blocks = ceil_div(p.o_per_group, kLanes);
     const bool adjacent = groups == 1 && a.dil_w == 1;
@@ -100,13 +108,20 @@ void fill_offsets(const Plan& p, int64_t* offsets) {
 }
 
 struct Buffers {
-    uint8_t* images;
+    const uint8_t* images;
     int64_t* offsets;
     RowTerms* terms;
+    Quantizer to;
+    int64_t first;  // element of the results that belongs to the first of the images
+
+    float* y(const Plan& p, int64_t at) const { return p.a.to.out == nullptr ? p.a.y + first + at : nullptr; }
+    uint8_t* bytes(const Plan& p, int64_t at) const {
+        return p.a.to.out == nullptr ? nullptr : p.a.to.out + first + at;
+    }
 };
 
-// Depthwise rows [begin, end) of the images in the buffer; `y` belongs to the first of them.
-void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, float* y, Range rows) {
+// Depthwise rows [begin, end) of the images in the buffer.
+void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, Range rows) {
     const Conv& a = p.a;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const uint8_t* x =
@@ -114,12 +129,12 @@ void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, flo
         kernels.depthwise({x, a.stride_w * p.image.pixel_bytes, p.wo, a.kh, a.kw, a.dil_h * p.image.row_bytes,
                            a.dil_w * p.image.pixel_bytes, reinterpret_cast<const int8_t*>(a.weight),
                            round_up(a.c, kLanes), a.c, a.w_scale, a.w_sum, a.bias, *b.terms,
-                           y + row * p.wo * a.o});
+                           b.y(p, row * p.wo * p.y_pixel), b.bytes(p, row * p.wo * p.y_pixel), b.to, p.y_pixel});
     }
 }
 
 // The strip `i` of group `g` of the images in the buffer.
-Gemm dense_strip(const Plan& p, const Buffers& b, float* y, int64_t images, int64_t g, int64_t i) {
+Gemm dense_strip(const Plan& p, const Buffers& b, int64_t images, int64_t g, int64_t i) {
     const Conv& a = p.a;
     Gemm gemm{};
     const int64_t first = g * p.o_per_group;
@@ -143,25 +158,26 @@ Gemm dense_strip(const Plan& p, const Buffers& b, float* y, int64_t images, int6
     gemm.w_sum = a.w_sum + first;
     gemm.bias = a.bias != nullptr ? a.bias + first : nullptr;
     gemm.terms = b.terms;
-    gemm.y = y + i * p.strip_pixels * a.o + first;
-    gemm.y_stride = a.o;
+    gemm.y = b.y(p, i * p.strip_pixels * p.y_pixel + first);
+    gemm.y_stride = p.y_pixel;
+    gemm.bytes = b.bytes(p, i * p.strip_pixels * p.y_pixel + first);
+    gemm.to = b.to;
     return gemm;
 }
 
-void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer, const Buffers& b,
-               int64_t first, int64_t images, uint8_t* rows_scratch, const int64_t* pixel_offsets) {
+int threads_for(const Plan& p, int64_t images) {
     const Conv& a = p.a;
     const double outputs = static_cast<double>(images * p.ho * p.wo * a.o);
     const double work = outputs * static_cast<double>(a.c / a.groups * a.kh * a.kw);
-    const int threads = work <= kSerialWork ? 1 : a.threads;
-    parallel_for(threads, [&](int index, int count) {
-        uint8_t* row = rows_scratch + index * p.image.row_scratch;
-        p.image.quantize(a, kernels, quantizer, first, images, b.images, row, pixel_offsets, index, count);
-    });
-    float* y = a.y + first * p.ho * p.wo * a.o;
+    return work <= kSerialWork ? 1 : a.threads;
+}
+
+void multiply(const Plan& p, const Kernels& kernels, const Buffers& b, int64_t images) {
+    const Conv& a = p.a;
+    const int threads = threads_for(p, images);
     if (p.depthwise) {
         parallel_for(threads, [&](int index, int count) {
-            depthwise_rows(p, kernels, b, y, share(images * p.ho, 1, index, count));
+            depthwise_rows(p, kernels, b, share(images * p.ho, 1, index, count));
         });
         return;
     }
@@ -170,7 +186,7 @@ void run_chunk(const Plan& p, const Kernels& kernels, const Quantizer& quantizer
     const bool by_blocks = split_by_blocks(all, kernels, threads, images * p.image.image_bytes / a.groups);
     parallel_for(threads, [&](int index, int count) {
         for (int64_t g = 0; g < a.groups; ++g) {
-            const auto strip_at = [&](int64_t i) { return dense_strip(p, b, y, images, g, i); };
+            const auto strip_at = [&](int64_t i) { return dense_strip(p, b, images, g, i); };
             run_strips(kernels, all, by_blocks, strip_at, index, count);
         }
     });
@@ -218,22 +234,60 @@ void conv2d(const Conv& args) {
     const int32_t shift = p.a.range.qmin < 0 ? 128 : 0;
     const Quantizer quantizer = make_quantizer(p.a.scale, p.a.zero, p.a.range, shift);
     const int64_t chunk = std::max<int64_t>(1, std::min(p.a.n, kChunkBytes / p.image.image_bytes));
-    const int64_t image_bytes = chunk * p.image.image_bytes + 64;  // depthwise reads 16 channels at a time
+    // Depthwise reads 16 channels at a time.
+    const int64_t image_bytes = p.in_place ? 0 : chunk * p.image.image_bytes + 64;
     const int64_t rows_bytes = size_product({p.a.threads, p.image.row_scratch});
     Scratch scratch(Scratch::bytes<uint8_t>(image_bytes) + Scratch::bytes<int64_t>(p.runs) +
                     Scratch::bytes<RowTerms>(1) + Scratch::bytes<uint8_t>(rows_bytes) +
                     Scratch::bytes<int64_t>(p.image.unit_pixels));
-    Buffers buffers{scratch.take<uint8_t>(image_bytes), scratch.take<int64_t>(p.runs),
-                    scratch.take<RowTerms>(1)};
+    uint8_t* images = scratch.take<uint8_t>(image_bytes);
+    Buffers buffers{images, scratch.take<int64_t>(p.runs), scratch.take<RowTerms>(1), {}, 0};
+    if (p.a.to.out != nullptr) buffers.to = bounded_quantizer(p.a.to);
     uint8_t* rows_scratch = scratch.take<uint8_t>(rows_bytes);
     int64_t* pixel_offsets = scratch.take<int64_t>(p.image.unit_pixels);
     fill_offsets(p, buffers.offsets);
     p.image.fill_offsets(pixel_offsets);
     *buffers.terms = {quantizer.scale, quantizer.offset - (p.depthwise ? 0 : kernels.byte_bias), 0};
     for (int64_t first = 0; first < p.a.n; first += chunk) {
-        run_chunk(p, kernels, quantizer, buffers, first, std::min(chunk, p.a.n - first), rows_scratch,
-                  pixel_offsets);
+        const int64_t count = std::min(chunk, p.a.n - first);
+        buffers.first = first * p.ho * p.wo * p.y_pixel;
+        if (p.in_place) {
+            buffers.images = p.a.x_bytes + first * p.image.image_bytes;
+        } else {
+            parallel_for(threads_for(p, count), [&](int index, int team) {
+                uint8_t* row = rows_scratch + index * p.image.row_scratch;
+                p.image.fill(p.a, kernels, quantizer, first, count, images, row, pixel_offsets, index, team);
+            });
+        }
+        multiply(p, kernels, buffers, count);
     }
+}
+
+void encode_images(int isa, const float* x, int64_t n, int64_t c, int64_t h, int64_t w, const int64_t (&x_stride)[4],
+                   const Bytes& to, int threads) {
+    size_product({n, c, h, w});
+    require(threads >= 1, "threads must be positive");
+    if (size_product({n, c, h, w}) == 0) return;
+    require(x != nullptr && to.out != nullptr, "null pointer");
+    const Kernels& kernels = bitwright::kernels(isa);
+    const Quantizer quantizer = bounded_quantizer(to);
+    Conv a{};
+    a.x = x;
+    a.n = n;
+    a.c = c;
+    a.h = h;
+    a.w = w;
+    for (int i = 0; i < 4; ++i) a.x_stride[i] = x_stride[i];
+    const Image image = Image::of(a, 1);
+    const int64_t rows_bytes = size_product({threads, image.row_scratch});
+    Scratch scratch(Scratch::bytes<uint8_t>(rows_bytes) + Scratch::bytes<int64_t>(image.unit_pixels));
+    uint8_t* rows_scratch = scratch.take<uint8_t>(rows_bytes);
+    int64_t* offsets = scratch.take<int64_t>(image.unit_pixels);
+    image.fill_offsets(offsets);
+    parallel_for(n * c * h * w <= kSerialEncode ? 1 : threads, [&](int index, int team) {
+        uint8_t* row = rows_scratch + index * image.row_scratch;
+        image.fill(a, kernels, quantizer, 0, n, to.out, row, offsets, index, team);
+    });
 }
 
 }  // namespace bitwright

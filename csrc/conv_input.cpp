@@ -1,7 +1,8 @@
 // Quantizes images to NHWC bytes from either memory format. Adjacent channels are one long run per row (per
 // pixel where the rows have gaps). Adjacent columns go up to 16 channels at a time, 16 pixels per vector:
 // small planes as one sequence of pixels in pieces that keep the destination in the L1 cache, large ones row
-// by row. Any sizes and strides are allowed; strides where neither is adjacent are only slower.
+// by row. Any sizes and strides are allowed; strides where neither is adjacent are only slower. Images that are bytes
+// already are copied.
 #include "conv_input.h"
 
 #include <algorithm>
@@ -71,6 +72,20 @@ void Image::channels_last_row(const Conv& a, const Kernels& kernels, const Quant
     }
 }
 
+void Image::bytes_row(const Conv& a, const uint8_t* x, uint8_t* out) const {
+    if (groups == 1 && a.x_stride[3] == pixel_bytes) {
+        std::memcpy(out, x, static_cast<size_t>(a.w * pixel_bytes));
+        return;
+    }
+    for (int64_t i = 0; i < a.w; ++i) {
+        for (int64_t g = 0; g < groups; ++g) {
+            uint8_t* group = out + (i * groups + g) * group_bytes;
+            std::memset(group + group_bytes - 4, 0, 4);
+            std::memcpy(group, x + i * a.x_stride[3] + g * channels, static_cast<size_t>(channels));
+        }
+    }
+}
+
 void Image::planes(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x,
                    int64_t pixel_stride, int64_t pixels, uint8_t* out, const int64_t* offsets) const {
     const int64_t step = a.x_stride[1];
@@ -84,9 +99,8 @@ void Image::planes(const Conv& a, const Kernels& kernels, const Quantizer& quant
     }
 }
 
-void Image::quantize(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first,
-                     int64_t images, uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets,
-                     int index, int count) const {
+void Image::fill(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first, int64_t images,
+                 uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets, int index, int count) const {
     const uint8_t fill = static_cast<uint8_t>(quantizer.offset);
     const int64_t border = a.pad_h * row_bytes + a.pad_w * pixel_bytes;
     const int64_t padded = a.h + 2 * a.pad_h;
@@ -94,7 +108,7 @@ void Image::quantize(const Conv& a, const Kernels& kernels, const Quantizer& qua
     for (int64_t row = mine.begin; row < mine.end; ++row) {
         borders(a, fill, out + row / padded * image_bytes, row % padded, row % padded + 1);
     }
-    if (flat_planes) {
+    if (flat_planes && a.x_bytes == nullptr) {
         const int64_t pieces = ceil_div(a.h * a.w, kPiece);
         const Range part = share(images * pieces, 1, index, count);
         for (int64_t i = part.begin; i < part.end; ++i) {
@@ -107,12 +121,14 @@ void Image::quantize(const Conv& a, const Kernels& kernels, const Quantizer& qua
     }
     const Range part = share(images * a.h, 1, index, count);
     for (int64_t i = part.begin; i < part.end; ++i) {
-        const float* x = a.x + (first + i / a.h) * a.x_stride[0] + i % a.h * a.x_stride[2];
+        const int64_t at = (first + i / a.h) * a.x_stride[0] + i % a.h * a.x_stride[2];
         uint8_t* row = out + i / a.h * image_bytes + border + i % a.h * row_bytes;
-        if (channels_adjacent) {
-            channels_last_row(a, kernels, quantizer, x, row, row_scratch_bytes);
+        if (a.x_bytes != nullptr) {
+            bytes_row(a, a.x_bytes + at, row);
+        } else if (channels_adjacent) {
+            channels_last_row(a, kernels, quantizer, a.x + at, row, row_scratch_bytes);
         } else {
-            planes(a, kernels, quantizer, x, a.x_stride[3], a.w, row, offsets);
+            planes(a, kernels, quantizer, a.x + at, a.x_stride[3], a.w, row, offsets);
         }
     }
 }

@@ -23,10 +23,9 @@ struct Image {
     // Destination of each pixel of a plane (or of a row), relative to the first.
     void fill_offsets(int64_t* offsets) const;
 
-    // The share of member `index` of `count` in quantizing `images` images from number `first` on.
-    void quantize(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first,
-                  int64_t images, uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets, int index,
-                  int count) const;
+    // The share of member `index` of `count` in filling in `images` images from number `first` on.
+    void fill(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, int64_t first, int64_t images,
+              uint8_t* out, uint8_t* row_scratch_bytes, const int64_t* offsets, int index, int count) const;
 
 private:
     int64_t width_;  // of the source
@@ -34,6 +33,7 @@ private:
     void borders(const Conv& a, uint8_t fill, uint8_t* image, int64_t row_begin, int64_t row_end) const;
     void channels_last_row(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x,
                            uint8_t* out, uint8_t* scratch) const;
+    void bytes_row(const Conv& a, const uint8_t* x, uint8_t* out) const;
     void planes(const Conv& a, const Kernels& kernels, const Quantizer& quantizer, const float* x,
                 int64_t pixel_stride, int64_t pixels, uint8_t* out, const int64_t* offsets) const;
 };

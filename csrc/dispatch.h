@@ -39,12 +39,13 @@ constexpr int64_t kAheadBytes = 1024;  // how far ahead of a single row its weig
 
 // byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This
 // equals the definition clamp(rint(x / scale) + z, qmin, qmax): rounding is monotone and the bounds are
-// integers.
+// integers. `inverse` is 1 / scale where the quotient may be found by multiplications (see quantize.h), else 0.
 struct Quantizer {
     float scale;
     float low;
     float high;
     int32_t offset;
+    float inverse;
 };
 
 // y = float(dot - constant - zero * w_sum) * (scale * w_scale) + bias
@@ -74,6 +75,8 @@ struct Gemm {
     int64_t terms_stride;  // 0: one entry for all rows
     float* y;
     int64_t y_stride;
+    uint8_t* bytes;  // where results become bytes: then y is not written
+    Quantizer to;
     // Only where scales belong to groups of inputs; then w_scale and w_sum are [blocks][scale_groups][16], there is
     // one run, and `run_groups` counts the units (loads, at 3 bits 192 bytes) of one scale group.
     int64_t scale_groups;
@@ -119,6 +122,24 @@ struct Depthwise {
     const float* bias;  // or null
     RowTerms terms;
     float* y;
+    uint8_t* bytes;  // likewise
+    Quantizer to;
+    int64_t y_stride;
+};
+
+// One side of a sum: floats, or bytes of the same quantizer, whose offset is that of the bytes.
+struct Side {
+    const float* x;
+    const uint8_t* bytes;
+    Quantizer quantizer;
+};
+
+struct Sum {
+    Side a, b;
+    int64_t count;
+    float* y;
+    uint8_t* bytes;  // where results become bytes
+    Quantizer to;
 };
 
 // A piece of a gradient that goes through a quantizer: `wide` or `narrow` (bfloat16) holds the gradient to the
@@ -166,8 +187,7 @@ struct Kernels {
     // Values of the blocks from, to, at out[input * stride + 16 * block + lane]; likewise.
     void (*decode[4])(const Decoded& job, int64_t block, int64_t block_end, float* out, int64_t stride);
     void (*depthwise)(const Depthwise& job);
-    void (*add)(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
-                float* out);
+    void (*add)(const Sum& sum);
     void (*centred_codes)(const float* x, int64_t count, const Quantizer& quantizer, float* wide, uint16_t* narrow);
     void (*straight_through)(const Gradient& gradient);
     void (*moments)(const float* y, int64_t rows, int64_t channels, const float* origin, double* sum,

@@ -1,5 +1,6 @@
 // The quantizer shared by all operations, its checks, and the quantized sum of two tensors of the same memory
 // layout: out = (code(a) - za) * sa + (code(b) - zb) * sb in float32. Any length.
+#include <algorithm>
 #include <cmath>
 
 #include "ops.h"
@@ -9,6 +10,13 @@ namespace bitwright {
 namespace {
 
 constexpr int64_t kSerialCount = 1 << 15;
+
+int32_t byte_shift(const Range8& range) { return range.qmin < 0 ? 128 : 0; }
+
+Side side_of(const Addend& a, int64_t first) {
+    const Quantizer quantizer = make_quantizer(a.scale, a.zero, a.range, byte_shift(a.range));
+    return {a.x + (a.bytes == nullptr ? first : 0), a.bytes == nullptr ? nullptr : a.bytes + first, quantizer};
+}
 
 }  // namespace
 
@@ -31,23 +39,37 @@ void check_zero_point(float zero, const Range8& range, int64_t depth, int64_t we
 
 Quantizer make_quantizer(float scale, float zero, const Range8& range, int32_t shift) {
     const int64_t z = static_cast<int64_t>(zero);
+    const bool ordinary = scale > 0x1p-80f && scale < 0x1p80f;  // nothing on the way overflows, or loses bits that count
     return {scale, static_cast<float>(range.qmin - z), static_cast<float>(range.qmax - z),
-            static_cast<int32_t>(z) + shift};
+            static_cast<int32_t>(z) + shift, ordinary ? 1.0f / scale : 0.0f};
 }
 
-void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, int threads) {
+Quantizer bounded_quantizer(const Bytes& bytes) {
+    check_range(bytes.range);
+    check_zero_point(bytes.zero, bytes.range, 1, 1);
+    require(bytes.low <= bytes.high, "the lower bound must not be above the upper one");
+    Quantizer quantizer = make_quantizer(bytes.scale, bytes.zero, bytes.range, byte_shift(bytes.range));
+    const float low = quantizer.low, high = quantizer.high;
+    quantizer.low = std::min(std::max(bytes.low / bytes.scale, low), high);
+    quantizer.high = std::min(std::max(bytes.high / bytes.scale, low), high);
+    return quantizer;
+}
+
+void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, const Bytes& to, int threads) {
     require(count >= 0 && threads >= 1, "negative size");
-    require(count == 0 || (a.x != nullptr && b.x != nullptr && out != nullptr), "null pointer");
+    const bool inputs = (a.x != nullptr || a.bytes != nullptr) && (b.x != nullptr || b.bytes != nullptr);
+    require(count == 0 || (inputs && (out != nullptr || to.out != nullptr)), "null pointer");
     check_range(a.range);
     check_range(b.range);
     check_zero_point(a.zero, a.range, 1, 1);
     check_zero_point(b.zero, b.range, 1, 1);
     const Kernels& kernels = bitwright::kernels(isa);
-    const Quantizer qa = make_quantizer(a.scale, a.zero, a.range, 0);
-    const Quantizer qb = make_quantizer(b.scale, b.zero, b.range, 0);
+    const Quantizer quantizer = to.out == nullptr ? Quantizer{} : bounded_quantizer(to);
     parallel_for(count <= kSerialCount ? 1 : threads, [&](int index, int team) {
         const Range mine = share(count, kLanes, index, team);
-        kernels.add(a.x + mine.begin, b.x + mine.begin, mine.end - mine.begin, qa, qb, out + mine.begin);
+        const bool bytes = to.out != nullptr;
+        kernels.add({side_of(a, mine.begin), side_of(b, mine.begin), mine.end - mine.begin,
+                     bytes ? nullptr : out + mine.begin, bytes ? to.out + mine.begin : nullptr, quantizer});
     });
 }
 

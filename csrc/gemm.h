@@ -6,10 +6,13 @@
 #pragma once
 
 #include "dispatch.h"
+#include "quantize.h"
 #include "simd.h"
 
 namespace bitwright {
 
+// Results become bytes only where all rows share their terms.
+//
 // Terms of one row met with the constants of one block.
 template <class S>
 struct RowVectors {
@@ -54,15 +57,31 @@ struct Columns {
     }
 
     // Undo the offsets, scale, add the bias: one rounding per operation.
+    BW_INLINE typename S::F value(typename S::I dot, const RowVectors<S>& row, bool has_bias) const {
+        const typename S::F scaled = S::mul(S::to_float(S::sub_int(dot, row.shift)), row.scale);
+        return has_bias ? S::add(scaled, bias) : scaled;
+    }
+
     BW_INLINE void finish(typename S::I dot, const RowVectors<S>& row, bool has_bias, float* y) const {
-        typename S::F value = S::mul(S::to_float(S::sub_int(dot, row.shift)), row.scale);
-        if (has_bias) value = S::add(value, bias);
+        const typename S::F result = value(dot, row, has_bias);
         if (count == kLanes) {
-            S::store(y, value);
+            S::store(y, result);
         } else {
             float lanes[kLanes];
-            S::store(lanes, value);
+            S::store(lanes, result);
             for (int64_t i = 0; i < count; ++i) y[i] = lanes[i];
+        }
+    }
+
+    BW_INLINE void finish_bytes(typename S::I dot, const RowVectors<S>& row, bool has_bias, const Quantize<S>& to,
+                                uint8_t* bytes) const {
+        const typename S::I codes = to.code(value(dot, row, has_bias));
+        if (count == kLanes) {
+            S::store_bytes(bytes, codes);
+        } else {
+            uint8_t lanes[kLanes];
+            S::store_bytes(lanes, codes);
+            for (int64_t i = 0; i < count; ++i) bytes[i] = lanes[i];
         }
     }
 };
@@ -146,6 +165,14 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
         const int64_t first = (block + b) * kLanes;
         const Columns<S> columns(g.w_scale, g.w_sum, g.bias, first, g.columns);
         RowVectors<S> vectors = columns.meet(g.terms[row * g.terms_stride]);
+        if (g.bytes != nullptr) {
+            const Quantize<S> to(g.to);
+            BW_UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                columns.finish_bytes(acc[b][r], vectors, g.bias != nullptr, to, g.bytes + (row + r) * g.y_stride + first);
+            }
+            continue;
+        }
         BW_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             if (r > 0 && g.terms_stride != 0) vectors = columns.meet(g.terms[row + r]);
@@ -208,7 +235,7 @@ void gemm_strip(const Gemm& g, const Span& span) {
 // round.
 template <class S, int PIXELS>
 BW_NOINLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t channel,
-                                  const Columns<S>& columns, const RowVectors<S>& vectors) {
+                                  const Columns<S>& columns, const RowVectors<S>& vectors, const Quantize<S>& to) {
     typename S::I acc[PIXELS];
     BW_UNROLL
     for (int p = 0; p < PIXELS; ++p) acc[p] = S::set_int(0);
@@ -228,20 +255,26 @@ BW_NOINLINE void depthwise_pixels(const Depthwise& d, int64_t pixel, int64_t cha
     }
     BW_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
-        columns.finish(acc[p], vectors, d.bias != nullptr, d.y + (pixel + p) * d.channels + channel);
+        const int64_t at = (pixel + p) * d.y_stride + channel;
+        if (d.bytes == nullptr) {
+            columns.finish(acc[p], vectors, d.bias != nullptr, d.y + at);
+        } else {
+            columns.finish_bytes(acc[p], vectors, d.bias != nullptr, to, d.bytes + at);
+        }
     }
 }
 
 template <class S>
 void depthwise_row(const Depthwise& d) {
+    const Quantize<S> to(d.to);
     for (int64_t channel = 0; channel < d.channels; channel += kLanes) {
         const Columns<S> columns(d.w_scale, d.w_sum, d.bias, channel, d.channels);
         const RowVectors<S> vectors = columns.meet(d.terms);
         int64_t pixel = 0;
         for (; pixel + S::kPixels <= d.pixels; pixel += S::kPixels) {
-            depthwise_pixels<S, S::kPixels>(d, pixel, channel, columns, vectors);
+            depthwise_pixels<S, S::kPixels>(d, pixel, channel, columns, vectors, to);
         }
-        for (; pixel < d.pixels; ++pixel) depthwise_pixels<S, 1>(d, pixel, channel, columns, vectors);
+        for (; pixel < d.pixels; ++pixel) depthwise_pixels<S, 1>(d, pixel, channel, columns, vectors, to);
     }
 }
 

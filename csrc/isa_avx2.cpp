@@ -31,6 +31,7 @@ struct Avx2 {
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 2;
     static constexpr int kByteBias = 0;
+    static constexpr bool kFused = false;
     using Table = F;
 
     static BW_INLINE __m256i load_half(const void* p) {

@@ -21,6 +21,7 @@ struct Avx512 {
     static constexpr int kDecodedRows = 12;
     static constexpr int kSingleBlocks = 4;
     static constexpr int kByteBias = 0;
+    static constexpr bool kFused = true;
     using Table = __m512;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
@@ -34,6 +35,8 @@ struct Avx512 {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), v);
     }
     static BW_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    // c - a * b
+    static BW_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
     static BW_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
     static BW_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     static BW_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }

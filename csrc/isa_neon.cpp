@@ -31,6 +31,7 @@ struct Neon {
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 128;
+    static constexpr bool kFused = false;
     using Table = uint8x16x4_t;
 
     template <class V, class Fn>

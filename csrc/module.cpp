@@ -63,9 +63,9 @@ void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n
 void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n,
                  int64_t stride_c, int64_t stride_y, int64_t stride_x, int64_t o, int64_t kh, int64_t kw,
                  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                 int64_t dil_w, int64_t groups, uintptr_t scale, uintptr_t zero, int64_t qmin, int64_t qmax,
+                 int64_t dil_w, int64_t groups, float scale, float zero, int64_t qmin, int64_t qmax,
                  uintptr_t weight, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y,
-                 int threads) {
+                 int threads, uintptr_t x_bytes, const Bytes& to) {
     conv2d({isa,
             at<const float>(x),
             n,
@@ -83,23 +83,40 @@ void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t 
             dil_h,
             dil_w,
             groups,
-            one_value(scale),
-            value_or_zero(zero),
+            scale,
+            zero,
             {qmin, qmax},
             at<const uint8_t>(weight),
             at<const float>(w_scale),
             at<const int32_t>(w_sum),
             at<const float>(bias),
             at<float>(y),
-            threads});
+            threads,
+            at<const uint8_t>(x_bytes),
+            to});
+}
+
+Bytes bytes_of(uintptr_t out, float scale, float zero, int64_t qmin, int64_t qmax, float low, float high) {
+    return {at<uint8_t>(out), scale, zero, {qmin, qmax}, low, high};
+}
+
+void encode_images_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n,
+                        int64_t stride_c, int64_t stride_y, int64_t stride_x, const Bytes& to, int threads) {
+    encode_images(isa, at<const float>(x), n, c, h, w, {stride_n, stride_c, stride_y, stride_x}, to, threads);
+}
+
+void add_images_call(int isa, uintptr_t a, const Bytes& left, uintptr_t b, const Bytes& right, int64_t count,
+                     uintptr_t out, const Bytes& to, int threads) {
+    add(isa, {nullptr, left.scale, left.zero, left.range, at<const uint8_t>(a)},
+        {nullptr, right.scale, right.zero, right.range, at<const uint8_t>(b)}, count, at<float>(out), to, threads);
 }
 
 void add_call(int isa, uintptr_t a, uintptr_t b, int64_t count, uintptr_t scale_a, uintptr_t zero_a,
               uintptr_t scale_b, uintptr_t zero_b, int64_t qmin_a, int64_t qmax_a, int64_t qmin_b,
               int64_t qmax_b, uintptr_t out, int threads) {
-    const Addend left{at<const float>(a), one_value(scale_a), value_or_zero(zero_a), {qmin_a, qmax_a}};
-    const Addend right{at<const float>(b), one_value(scale_b), value_or_zero(zero_b), {qmin_b, qmax_b}};
-    add(isa, left, right, count, at<float>(out), threads);
+    const Addend left{at<const float>(a), one_value(scale_a), value_or_zero(zero_a), {qmin_a, qmax_a}, nullptr};
+    const Addend right{at<const float>(b), one_value(scale_b), value_or_zero(zero_b), {qmin_b, qmax_b}, nullptr};
+    add(isa, left, right, count, at<float>(out), {}, threads);
 }
 
 void straight_through_call(int isa, uintptr_t wide, uintptr_t narrow, uintptr_t x, int64_t rows, int64_t columns,
@@ -177,13 +194,16 @@ NB_MODULE(_native, m) {
             pack_conv(at<const int8_t>(codes), o, c, kh, kw, groups, at<uint8_t>(out));
         },
         Release());
+    nb::class_<Bytes>(m, "Bytes").def_static("none", [] { return Bytes{}; }).def_static("of", &bytes_of);
     m.def("conv2d", &conv2d_call, Release());
+    m.def("encode_images", &encode_images_call, Release());
+    m.def("add_images", &add_images_call, Release());
     m.def("add", &add_call, Release());
     m.def(
         "centred_codes",
         [](int isa, uintptr_t x, int64_t count, uintptr_t scale, uintptr_t zero, int64_t qmin, int64_t qmax,
            uintptr_t wide, uintptr_t narrow, int threads) {
-            centred_codes(isa, {at<const float>(x), one_value(scale), value_or_zero(zero), {qmin, qmax}}, count,
+            centred_codes(isa, {at<const float>(x), one_value(scale), value_or_zero(zero), {qmin, qmax}, nullptr}, count,
                           at<float>(wide), at<uint16_t>(narrow), threads);
         },
         Release());

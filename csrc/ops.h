@@ -94,6 +94,18 @@ void decoded_linear(const DecodedLinear& args);
 // what belongs to rows is not read.
 void decode_panel(const DecodedLinear& args, int64_t begin, int64_t end, float* out);
 
+// Bytes in place of float32 results: the codes that a consumer's quantizer gives clamp(result, low, high), plus 128
+// where codes are signed. Images of bytes are [n][h][w][channels rounded up to 4].
+struct Bytes {
+    uint8_t* out;  // null: results stay float32
+    float scale, zero;
+    Range8 range;
+    float low, high;
+};
+
+// The bounds of `bytes` put into its quantizer: division is monotone.
+Quantizer bounded_quantizer(const Bytes& bytes);
+
 struct Conv {
     int isa;
     const float* x;
@@ -109,6 +121,8 @@ struct Conv {
     const float* bias;      // [o] or null
     float* y;               // [n, ho, wo, o]
     int threads;
+    const uint8_t* x_bytes;  // in place of x: its bytes by the same quantizer
+    Bytes to;
 };
 
 int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups);
@@ -116,10 +130,15 @@ void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, 
                uint8_t* out);
 void conv2d(const Conv& args);
 
+// The bytes of images [n, c, h, w] with the strides of `x_stride`; `x` as in Conv.
+void encode_images(int isa, const float* x, int64_t n, int64_t c, int64_t h, int64_t w, const int64_t (&x_stride)[4],
+                   const Bytes& to, int threads);
+
 struct Addend {
     const float* x;
     float scale, zero;
     Range8 range;
+    const uint8_t* bytes;  // in place of x
 };
 
 // Centred codes of x as float32 or bfloat16, whichever pointer is not null.
@@ -153,6 +172,7 @@ void straight_through(int isa, const StraightThrough& args);
 void moments(int isa, const float* y, int64_t rows, int64_t channels, const float* origin, double* sum,
              double* square, int threads);
 
-void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, int threads);
+// Sums as float32 in `out`, or as bytes.
+void add(int isa, const Addend& a, const Addend& b, int64_t count, float* out, const Bytes& to, int threads);
 
 }  // namespace bitwright

@@ -1,7 +1,13 @@
 // Activations from float32 to bytes, templates over an instruction set (see isa_*.cpp for the primitives it
 // offers). All loops work on 16 elements; a shorter tail goes through a 16-element copy on the stack, so any
-// length is allowed. Division is a true division; NaN ends as the lowest code because the lower bound is
-// applied first and `max` returns its second operand then.
+// length is allowed. NaN ends as the lowest code because the lower bound is applied first and `max` returns its
+// second operand then.
+//
+// Quotients are those of a true division. Where an instruction set has fused multiply-adds, they are found without
+// its latency: with r = 1 / s correctly rounded, q = x r + (x - x r s) r is off by less than one unit in the last
+// place, the remainder x - q s is exact, and q + (x - q s) r is the correctly rounded quotient (Markstein 1990; Muller
+// et al., Handbook of Floating-Point Arithmetic, 4.7). x is first clamped to 2^18 s, far outside of all codes, so that
+// infinities do not meet a remainder; quotients too small for an exact remainder round to 0 either way.
 #pragma once
 
 #include <cfloat>
@@ -21,12 +27,30 @@ struct Quantize {
     const F low;
     const F high;
     const I offset;
+    const F inverse;
+    const F least;
+    const F most;
+    const bool divides;
 
     BW_INLINE explicit Quantize(const Quantizer& q)
-        : scale(S::set(q.scale)), low(S::set(q.low)), high(S::set(q.high)), offset(S::set_int(q.offset)) {}
+        : scale(S::set(q.scale)), low(S::set(q.low)), high(S::set(q.high)), offset(S::set_int(q.offset)),
+          inverse(S::set(q.inverse)), least(S::set(-0x1p18f * q.scale)), most(S::set(0x1p18f * q.scale)),
+          divides(q.inverse == 0.0f) {}
+
+    BW_INLINE F quotient(F x) const {
+        if constexpr (S::kFused) {
+            if (divides) return S::div(x, scale);
+            x = S::min(S::max(x, least), most);
+            const F near = S::mul(x, inverse);
+            const F close = S::fma(S::fnma(near, scale, x), inverse, near);
+            return S::fma(S::fnma(close, scale, x), inverse, close);
+        } else {
+            return S::div(x, scale);
+        }
+    }
 
     // code - z, before the offset
-    BW_INLINE I centred(F x) const { return S::round(S::min(S::max(S::div(x, scale), low), high)); }
+    BW_INLINE I centred(F x) const { return S::round(S::min(S::max(quotient(x), low), high)); }
     BW_INLINE I code(F x) const { return S::add_int(centred(x), offset); }
 };
 
@@ -136,28 +160,62 @@ void quantize_planes(const Planes& planes, const Quantizer& quantizer) {
     }
 }
 
-// out = (code(a) - za) * sa + (code(b) - zb) * sb; the integers are exact as floats, so each product rounds
-// once.
+// One side of a sum as values (code - z) * s; the integers are exact as floats, so the product rounds once.
 template <class S>
-void add_run(const float* a, const float* b, int64_t count, const Quantizer& qa, const Quantizer& qb,
-             float* out) {
-    const Quantize<S> left(qa);
-    const Quantize<S> right(qb);
-    const auto sum = [&](const float* pa, const float* pb) {
-        const typename S::F va = S::mul(S::to_float(left.centred(S::load(pa))), left.scale);
-        const typename S::F vb = S::mul(S::to_float(right.centred(S::load(pb))), right.scale);
-        return S::add(va, vb);
-    };
+struct SideValues {
+    const Side& side;
+    const Quantize<S> quantize;
+
+    BW_INLINE explicit SideValues(const Side& s) : side(s), quantize(s.quantizer) {}
+    BW_INLINE typename S::F floats(const float* x) const {
+        return S::mul(S::to_float(quantize.centred(S::load(x))), quantize.scale);
+    }
+    BW_INLINE typename S::F bytes(const uint8_t* x) const {
+        return S::mul(S::to_float(S::sub_int(S::load_u8(x), quantize.offset)), quantize.scale);
+    }
+    BW_INLINE typename S::F at(int64_t i) const {
+        return side.bytes != nullptr ? bytes(side.bytes + i) : floats(side.x + i);
+    }
+    BW_INLINE typename S::F tail(int64_t i, int64_t count) const {
+        float values[kLanes] = {};
+        uint8_t codes[kLanes] = {};
+        for (int64_t j = 0; i + j < count; ++j) {
+            if (side.bytes != nullptr) {
+                codes[j] = side.bytes[i + j];
+            } else {
+                values[j] = side.x[i + j];
+            }
+        }
+        return side.bytes != nullptr ? bytes(codes) : floats(values);
+    }
+};
+
+template <class S>
+void add_run(const Sum& sum) {
+    const SideValues<S> left(sum.a);
+    const SideValues<S> right(sum.b);
+    const Quantize<S> to(sum.to);
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) S::store(out + i, sum(a + i, b + i));
-    if (i < count) {
-        float tail_a[kLanes] = {};
-        float tail_b[kLanes] = {};
-        const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
-        std::memcpy(tail_a, a + i, bytes);
-        std::memcpy(tail_b, b + i, bytes);
-        S::store(tail_a, sum(tail_a, tail_b));
-        std::memcpy(out + i, tail_a, bytes);
+    for (; i + kLanes <= sum.count; i += kLanes) {
+        const typename S::F value = S::add(left.at(i), right.at(i));
+        if (sum.bytes != nullptr) {
+            S::store_bytes(sum.bytes + i, to.code(value));
+        } else {
+            S::store(sum.y + i, value);
+        }
+    }
+    if (i == sum.count) return;
+    const typename S::F value = S::add(left.tail(i, sum.count), right.tail(i, sum.count));
+    float values[kLanes];
+    uint8_t codes[kLanes];
+    S::store(values, value);
+    S::store_bytes(codes, to.code(value));
+    for (int64_t j = 0; i + j < sum.count; ++j) {
+        if (sum.bytes != nullptr) {
+            sum.bytes[i + j] = codes[j];
+        } else {
+            sum.y[i + j] = values[j];
+        }
     }
 }
 

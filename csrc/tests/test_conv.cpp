@@ -1,6 +1,7 @@
 // Convolutions of any geometry, from contiguous, channels-last and other memory: every instruction set equals the
 // definition bit for bit.
 #include <algorithm>
+#include <cmath>
 
 #include "definition.h"
 
@@ -111,6 +112,61 @@ Buffer<float> defined(const Case& c, Random& random) {
     return y;
 }
 
+// Bytes that a layer asks for, and what they have to be: those of results [pixels][channels], each clamped first.
+struct Wanted {
+    Encoding encoding;
+    float low, high;
+    int64_t channels, pixel;
+    Buffer<uint8_t> bytes;  // [pixels][channels rounded up to 4]
+
+    Bytes to(uint8_t* out) const { return {out, encoding.scale, encoding.zero, encoding.range, low, high}; }
+};
+
+Wanted wanted_bytes(const Buffer<float>& results, int64_t channels, Random& random) {
+    const int64_t pixels = results.size() / channels, pixel = round_up(channels, 4);
+    const bool relu = random.one_in(2);
+    Wanted w{random_encoding(random, true), relu ? 0.0f : -INFINITY, random.one_in(2) ? random.uniform(0.1f, 6.0f) : INFINITY,
+             channels, pixel, Buffer<uint8_t>(pixels * pixel, random)};
+    const Encoding& e = w.encoding;
+    for (int64_t i = 0; i < results.size(); ++i) {
+        const float value = std::min(std::max(results[i], w.low), w.high);
+        const int32_t code = centred(value, e.scale, e.zero, e.range) + static_cast<int32_t>(e.zero);
+        w.bytes[i / channels * pixel + i % channels] = static_cast<uint8_t>(code + (e.range.qmin < 0 ? 128 : 0));
+    }
+    return w;
+}
+
+// What lies between the channels of two pixels is nobody's.
+void expect_bytes(const Buffer<uint8_t>& found, const Wanted& wanted, const std::string& what) {
+    for (int64_t i = 0; i < found.size(); ++i) {
+        if (i % wanted.pixel >= wanted.channels) continue;
+        expect(found[i] == wanted.bytes[i], what + ": byte " + std::to_string(i) + " is " + std::to_string(found[i]) +
+                                                ", not " + std::to_string(wanted.bytes[i]));
+    }
+}
+
+// The same convolution from bytes, to floats and to bytes.
+void test_bytes(const Case& c, Conv a, const Buffer<float>& results, const InstructionSet& isa, Random& random) {
+    const int64_t pixel = round_up(a.c, 4);
+    Buffer<uint8_t> image(a.n * a.h * a.w * pixel, random);
+    encode_images(isa.number, c.x.data(), a.n, a.c, a.h, a.w, a.x_stride,
+                  {image.data(), a.scale, a.zero, a.range, -INFINITY, INFINITY}, a.threads);
+    a.x = nullptr;
+    a.x_bytes = image.data();
+    const int64_t strides[] = {a.h * a.w * pixel, 1, a.w * pixel, pixel};
+    std::copy(strides, strides + 4, a.x_stride);
+    Buffer<float> y(results.size(), random);
+    a.y = y.data();
+    conv2d(a);
+    expect_equal(y, results, std::string("conv2d of bytes on ") + isa.name);
+    const Wanted wanted = wanted_bytes(results, a.o, random);
+    Buffer<uint8_t> out(wanted.bytes.size(), random);
+    a.y = nullptr;
+    a.to = wanted.to(out.data());
+    conv2d(a);
+    expect_bytes(out, wanted, std::string("conv2d to bytes on ") + isa.name);
+}
+
 }  // namespace
 
 void test_conv(int64_t cases) {
@@ -136,6 +192,7 @@ void test_conv(int64_t cases) {
             a.y = y.data();
             conv2d(a);
             expect_equal(y, wanted, std::string("conv2d on ") + isa.name + ", case " + std::to_string(i));
+            test_bytes(c, a, wanted, isa, random);
         }
     }
 }

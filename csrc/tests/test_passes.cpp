@@ -26,9 +26,24 @@ void test_add(int64_t cases) {
         }
         for (const InstructionSet& isa : instruction_sets()) {
             Buffer<float> out(count, random);
-            add(isa.number, {left.data(), a.scale, a.zero, a.range}, {right.data(), b.scale, b.zero, b.range}, count,
-                out.data(), threads(random));
+            add(isa.number, {left.data(), a.scale, a.zero, a.range, nullptr}, {right.data(), b.scale, b.zero, b.range, nullptr},
+                count, out.data(), {}, threads(random));
             expect_equal(out, wanted, std::string("add on ") + isa.name);
+            const Encoding e = random_encoding(random, true);
+            const auto bytes_of = [&](const Buffer<float>& x, const Encoding& by) {
+                Buffer<uint8_t> bytes(count, random);
+                for (int64_t j = 0; j < count; ++j) {
+                    const int32_t code = centred(x[j], by.scale, by.zero, by.range) + static_cast<int32_t>(by.zero);
+                    bytes[j] = static_cast<uint8_t>(code + (by.range.qmin < 0 ? 128 : 0));
+                }
+                return bytes;
+            };
+            const Buffer<uint8_t> first = bytes_of(left, a), second = bytes_of(right, b);
+            Buffer<uint8_t> bytes(count, random);
+            add(isa.number, {nullptr, a.scale, a.zero, a.range, first.data()},
+                {nullptr, b.scale, b.zero, b.range, second.data()}, count, nullptr,
+                {bytes.data(), e.scale, e.zero, e.range, -INFINITY, INFINITY}, threads(random));
+            expect_same(bytes, bytes_of(wanted, e), std::string("add of bytes on ") + isa.name);
         }
     }
 }
@@ -55,7 +70,7 @@ void test_codes(int64_t cases) {
             Buffer<uint16_t> narrow(x.size(), random);
             Buffer<int8_t> codes(x.size(), random);
             Buffer<int32_t> sums(rows, random);
-            const Addend whole{x.data(), e.scale, e.zero, e.range};
+            const Addend whole{x.data(), e.scale, e.zero, e.range, nullptr};
             centred_codes(isa.number, whole, x.size(), wide.data(), nullptr, threads(random));
             expect_equal(wide, wanted, name);
             centred_codes(isa.number, whole, x.size(), nullptr, narrow.data(), threads(random));

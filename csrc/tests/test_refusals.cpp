@@ -99,8 +99,8 @@ void other_refusals() {
     expect_refused("no such blocks", [&] {
         decode_panel({0, 8, nullptr, 0, 4, 4, 4, weight, one, one, nullptr, nullptr, nullptr, 1}, 0, 2, one);
     });
-    const Addend x{one, 1.0f, 0.5f, {-128, 127}};
-    expect_refused("small integers", [&] { add(0, x, x, 1, one, 1); });
+    const Addend x{one, 1.0f, 0.5f, {-128, 127}, nullptr};
+    expect_refused("small integers", [&] { add(0, x, x, 1, one, {}, 1); });
     expect_refused("small integers", [&] { centred_codes(0, x, 1, one, nullptr, 1); });
     expect_refused("negative size", [&] { has_nan(one, -1, 1); });
     expect_refused("[-128, 127]", [&] { weight_codes(0, one, 1, 1, one, 0, {0, 255}, nullptr, sums, 1); });

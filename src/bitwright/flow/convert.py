@@ -13,6 +13,7 @@ from bitwright.flow.prepare import plan_of
 from bitwright.flow.ship import SHIPPED
 from bitwright.kernels.device import device_features
 from bitwright.lowbit.attention import LowbitOperation
+from bitwright.lowbit.deferred import settle_outputs
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.nn.layer import Simulated
@@ -45,6 +46,7 @@ def convert(model: nn.Module, *, inplace: bool = False, features: frozenset[str]
             _replace(model, path, new)
     model = shipped[model] or model
     model.bitwright_plan = plan  # type: ignore[assignment]
+    model.register_forward_hook(settle_outputs)
     return model.eval()
 
 

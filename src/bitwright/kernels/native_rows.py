@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bitwright.kernels import cpu, decoded, grouped
+from bitwright.kernels import cpu, decoded, grouped, images
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
 from bitwright.numerics.affine import live_qparams
@@ -142,7 +142,7 @@ def _native_rows(isa: str) -> list[Kernel]:
         Kernel(f"linear/groups/{isa}", "linear", needs, "16-row blocks of 8, 4, 3 or 2 bits", grouped.refuses,
                _pack_grouped, partial(_run_grouped, number)),
         Kernel(f"conv/{isa}", "conv", needs, "16-row blocks of 8 bits", _native_integers,
-               _pack_conv, partial(_run_native_conv, number)),
+               _pack_conv, partial(_run_native_conv, number), partial(images.convolve, number)),
     ]  # fmt: skip
 
 
@@ -156,4 +156,4 @@ def _decoding_row(isa: str) -> Kernel:
 
 INTEGER_ROWS = tuple(row for isa in _ISAS for row in _native_rows(isa))
 DECODING_ROWS = tuple(_decoding_row(isa) for isa in _ISAS)
-ADD_ROW = Kernel("add/native", "add", frozenset({"native"}), "", anything, pack_codes, _native_add)
+ADD_ROW = Kernel("add/native", "add", frozenset({"native"}), "", anything, pack_codes, _native_add, images.add)

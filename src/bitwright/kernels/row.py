@@ -43,6 +43,7 @@ class Kernel:
     refuses: Callable[[QuantSpec, QuantSpec | None, tuple[int, ...]], str]
     pack: Callable[[QTensor, int], Packed]
     run: Callable[..., Tensor]
+    run_images: Callable[..., Tensor] | None = None  # the same from and to bytes, see `images`
 
 
 def integers_only(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Self
+
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitwright.kernels.cpu import conv2d_sizes
+from bitwright.kernels.images import Request, encoding_of, filters_of
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation
+from bitwright.lowbit.deferred import Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics.qtensor import QTensor
 
@@ -30,11 +37,31 @@ class LowbitConv(LowbitLayer):
         prepad: tuple[tuple[int, ...], str] | None,
     ) -> None:
         self.groups = geometry.groups
-        super().__init__(weight, bias, input, features)
         self.geometry, self.prepad, self.spatial = geometry, prepad, len(weight.shape) - 2
+        super().__init__(weight, bias, input, features)
+        self.asked: set[Request] = set()
+
+    def lay_out(self) -> None:
+        """Derive the kernel's own constants, and the numbers that encode the input."""
+        super().lay_out()
+        images = self.kernel.run_images is not None and self.spatial == 2 and self.prepad is None
+        self.encoding = encoding_of(self.input) if images else None
+        self._gather()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._gather()
+        return self
+
+    def _gather(self) -> None:
+        encoding, g = self.encoding, self.geometry
+        self.filters = None if encoding is None else filters_of(self.constants, self.bias, encoding, g)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's output, float32; 2-d outputs are in channels-last memory."""
+        """The layer's output, float32; 2-d outputs are in channels-last memory and may be a `Deferred`."""
+        if self.filters is not None and may_wait(input) and sizes_of(input)[1] == self.shape[1] * self.groups:
+            return self._deferred(input)
+        input = ordinary(input) if type(input) is Deferred else input
         if self.prepad is not None:
             input = F.pad(input, self.prepad[0], mode=self.prepad[1])
         batched = input.dim() == self.spatial + 2
@@ -43,3 +70,11 @@ class LowbitConv(LowbitLayer):
         out = self.kernel.run(images, self.constants, self.weight_spec, self.bias, self.input, self.geometry)
         out = out.squeeze(2) if self.spatial == 1 else out
         return out if batched else out.squeeze(0)
+
+    def _deferred(self, input: Tensor) -> Tensor:
+        assert self.encoding is not None
+        assert self.kernel.run_images is not None
+        shape, g = sizes_of(input), self.geometry
+        sizes = conv2d_sizes(shape, self.shape[0], g.kernel_size, g.stride, g.padding, g.dilation)
+        image = bytes_of(input, self.encoding)
+        return Deferred(Call(partial(self.kernel.run_images, self.filters, image, shape, sizes), self.asked), sizes)

@@ -29,9 +29,7 @@ class ScheduleCallback(TrainerCallback):
     model is left in eval mode. Raises `TrainingError` when the Trainer takes another number of steps than the schedule.
     """
 
-    def __init__(
-        self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None
-    ) -> None:
+    def __init__(self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None) -> None:
         self.schedule, self.score = schedule, score
         self.score_every = score_every or max(1, schedule.steps // 10)
         self.history = History()

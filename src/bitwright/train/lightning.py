@@ -31,9 +31,7 @@ class ScheduleCallback(Callback):
     another number of steps than the schedule, or several optimizers.
     """
 
-    def __init__(
-        self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None
-    ) -> None:
+    def __init__(self, schedule: Schedule, *, score: Score | None = None, score_every: int | None = None) -> None:
         self.schedule, self.score = schedule, score
         self.score_every = score_every or max(1, schedule.steps // 10)
         self.history = History()

@@ -1,0 +1,167 @@
+"""Results that wait: bit for bit those of running every layer at once, whatever Python code lies between the layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bitwright as bw
+from bitwright.kernels import cpu, images
+from bitwright.kernels.images import Encoding, Request
+from bitwright.lowbit.deferred import Deferred
+from bitwright.numerics.affine import encode
+from bitwright.numerics.spec import QParams, QuantSpec
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="needs the native kernels")
+
+
+class Net(nn.Module):
+    """Two convolutions with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def both(model: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module]:
+    """The simulated and the shipped model."""
+    prepared = bw.prepare(model.eval(), bw.Plan.preset("w8a8", model, x))
+    bw.calibrate(prepared, [x])
+    return prepared.eval(), bw.convert(prepared)
+
+
+def images_of(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def keep_an_item(x: Tensor) -> Tensor:
+    kept = x.numpy().copy()
+    return x + torch.from_numpy(kept) * 0
+
+
+def change_in_place(x: Tensor) -> Tensor:
+    y = F.relu(x)
+    x += 1.0
+    x.mul_(0.5)
+    return F.relu(x) + y
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda x: x,
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x, inplace=True),
+    "relu twice": lambda x: torch.relu_(torch.relu(x)),
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.25, 0.5),
+    "relu of hardtanh": lambda x: F.hardtanh(x, -0.25, 0.5).relu(),
+    "gelu": F.gelu,
+    "pooling": lambda x: F.max_pool2d(F.relu(x), 2),
+    "before and after": lambda x: x * 0.5 + F.relu(x),
+    "numpy": keep_an_item,
+    "in place": change_in_place,
+    "control flow": lambda x: F.relu(x) if x.max() > 100 else x.abs(),
+    "shape": lambda x: x.view(x.shape[0], x.size(1), *x.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_lies_between_two_layers_does_not_matter(name: str) -> None:
+    torch.manual_seed(0)
+    x = images_of(1, 2, 3, 8, 8)
+    simulated, shipped = both(Net(BETWEEN[name]), x)
+    with torch.no_grad():
+        for _ in range(3):  # a layer learns what is asked of it
+            out = shipped(x)
+            assert type(out) is Tensor
+            assert torch.equal(out, simulated(x))
+
+
+class Residual(nn.Module):
+    """A block whose result two quantizers read: that of a convolution and that of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(x + self.body(x)))
+
+
+@pytest.mark.parametrize("change", [1.0, 1.5])
+def test_a_result_for_several_quantizers(change: float) -> None:
+    """Equal ones share the bytes, different ones get float32."""
+    torch.manual_seed(0)
+    x = images_of(1, 2, 3, 9, 7)
+    simulated, shipped = both(Residual(), x)
+    state = shipped.state_dict()
+    state["body.input_scale"] = state["body.input_scale"] * change
+    shipped.load_state_dict(state)
+    at_once = bw.convert(simulated, features=frozenset())
+    at_once.load_state_dict(state)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(shipped(x), at_once(x))
+        assert torch.equal(copy.deepcopy(shipped)(x), at_once(x))
+    assert len(shipped.get_submodule("stem").asked) == (1 if change == 1.0 else 2)
+
+
+def test_a_layer_alone_answers_later_and_is_not_misled() -> None:
+    """The input is read at once: changing it afterwards changes nothing."""
+    torch.manual_seed(0)
+    x = images_of(1, 1, 3, 6, 6)
+    _, shipped = both(Net(F.relu), x)
+    layer = shipped.get_submodule("first")
+    with torch.no_grad():
+        wanted = layer(x) + 0
+        later = layer(x)
+        x.zero_()
+        assert type(later) is Deferred
+        assert later.shape == wanted.shape
+        assert torch.equal(later, wanted)
+        assert repr(later) == repr(wanted)
+
+
+def test_part_of_a_model_may_be_compiled() -> None:
+    torch.manual_seed(0)
+    x = images_of(1, 1, 3, 6, 6)
+    simulated, shipped = both(Net(F.relu), x)
+    shipped.second = torch.compile(shipped.second, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(shipped(x), simulated(x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(1, 9),) * 3, st.integers(1, 20)),
+    spec=st.sampled_from(["uint8/asym", "int8", "uint4/asym", "int4"]),
+    low=st.sampled_from([-torch.inf, 0.0, -0.3]),
+    high=st.sampled_from([torch.inf, 0.7, 6.0]),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_bytes_are_codes(
+    sizes: tuple[int, int, int, int], spec: str, low: float, high: float, last: bool, seed: int
+) -> None:
+    n, h, w, c = sizes
+    x = images_of(seed, n, c, h, w) * 2
+    x = x.to(memory_format=torch.channels_last) if last else x
+    known = QuantSpec.parse(spec)
+    zero = 0.0 if known.symmetric else float(known.format.qmax // 3)
+    encoding = Encoding(0.0625, zero, known.format.qmin, known.format.qmax)
+    found = images.encode(x, Request(encoding, low, high))
+    qparams = QParams(torch.tensor([0.0625]), None if known.symmetric else torch.tensor([zero]))
+    codes = encode(x.clamp(low, high), known, qparams).permute(0, 2, 3, 1)
+    shift = 128 if encoding.qmin < 0 else 0
+    assert torch.equal(found[..., :c].to(torch.int16) - shift, codes.to(torch.int16))
