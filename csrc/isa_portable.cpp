@@ -34,6 +34,7 @@ struct Portable {
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 0;
+    static constexpr int kSignedHalf = 0;
     using Table = F;
 
     template <class V, class Fn>
@@ -163,7 +164,7 @@ struct Portable {
         Bytes out;
         for (int t = 0; t < 4; ++t) {
             for (int i = 0; i < kLanes; ++i) {
-                if constexpr (BITS == 8) {
+                if constexpr (BITS >= 8) {
                     out.v[t][i] = wrap(raw.v[i] << (24 - 8 * t)) >> 24;
                 } else {
                     out.v[t][i] = wrap((raw.v[i] >> (8 * t + STEP * BITS)) & ((1u << BITS) - 1));
