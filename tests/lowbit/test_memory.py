@@ -6,6 +6,8 @@ import copy
 import gc
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +51,7 @@ def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     else:
         slots = [getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         children = [*vars(value).values(), *slots] if hasattr(value, "__dict__") else slots
-    if callable(value) and getattr(value, "__closure__", None):
-        children = [*children, *(cell.cell_contents for cell in value.__closure__)]
+    children += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
     for child in children:
         yield from tensors(child, seen)
 
@@ -224,10 +225,11 @@ def stored(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def test_layers_of_one_weight_share_their_constants_through_copies_and_files(tmp_path: Path) -> None:
-    model = convert(calibrated(TiedLayers(), "w8a8", [torch.randn(4, 8)]))
+    model: Any = convert(calibrated(TiedLayers(), "w8a8", [torch.randn(4, 8)]))
     save(model, tmp_path / "one")
     again = load(tmp_path / "one", TiedLayers())
-    for found in (model, copy.deepcopy(model), again, model.to("cpu")):
+    models: list[Any] = [model, copy.deepcopy(model), again, model.to("cpu")]
+    for found in models:
         assert found.a.kernel_layout is found.b.kernel_layout
         assert found.a.packed is found.b.packed
     save(again, tmp_path / "two")
@@ -298,4 +300,17 @@ def test_float_weights_are_freed_one_by_one(inplace: bool, monkeypatch: pytest.M
     shipped = convert(simulated, inplace=inplace)
     assert alive == ([0, -1, -2, -3, -4] if inplace else [0] * 5)
     assert float_weights() - start == (-5 if inplace else 0)
-    assert all(isinstance(layer, LowbitLinear) for layer in shipped)
+    assert sum(isinstance(layer, LowbitLinear) for layer in shipped.modules()) == 5
+
+
+@native
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize("weight", ["int4/group32", "int8/channel"])
+def test_the_process_is_as_large_as_accounted(weight: str) -> None:
+    """Resident memory of a stack of layers in a process of its own; half a MiB for what is no tensor."""
+    script = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    command = [sys.executable, str(script), weight, "int8/token/dynamic", "6", "2048"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["resident"] <= 1.01 * found["accounted"] + 2**19

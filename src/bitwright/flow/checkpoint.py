@@ -160,7 +160,7 @@ def _check_scales(model: nn.Module, path: Path) -> None:
         if not shipped and not isinstance(module, Quantizer):
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if isinstance(module, LowbitLayer) and module.weight_scale is not None:
+        if isinstance(module, LowbitLayer) and module.weight_spec.scale is None:
             own.append(("weight_scale", module.weight_scale))
         for part, value in own:
             if "scale" not in part or part.startswith("kernel_") or not value.is_floating_point():

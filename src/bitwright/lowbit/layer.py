@@ -88,8 +88,7 @@ class LowbitLayer(nn.Module):
     @property
     def weight(self) -> QTensor:
         """The weight as files hold it."""
-        scale = self.weight_scale
-        scale = self._stored_scale() if scale is None else scale
+        scale = self.weight_scale if self.weight_spec.scale is None else self._stored_scale()
         return QTensor(self.packed, scale, self.weight_zero_point, self.weight_spec, self.shape, self.weight_codebook)
 
     @property
@@ -101,8 +100,8 @@ class LowbitLayer(nn.Module):
         return self._part("packed", lambda: self._unpacked(self.constants))
 
     @property
-    def weight_scale(self) -> Tensor | None:
-        """The scale as files hold it; None where scales are quantized."""
+    def weight_scale(self) -> Tensor:
+        """The scale as files hold it; None where scales are quantized, see `weight`."""
         return self._part("weight_scale", lambda: self._qparams.scale)
 
     @property

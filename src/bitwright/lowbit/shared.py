@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,14 +46,16 @@ def _alive(references: list[_Reference] | None) -> list[Tensor | None] | None:
     return found
 
 
-_BY_SOURCE = WeakIdKeyDictionary()
+_BY_SOURCE: Any = WeakIdKeyDictionary()
 
 
 def shared_by(packed: Tensor, others: Sequence[Tensor]) -> Shared:
     """One and the same `Shared` for all layers that are made from these packed bytes, and from equal other parts."""
-    version, seen, found = _BY_SOURCE.get(packed, (None, [], None))
-    same = version == packed._version and len(seen) == len(others)
-    if found is None or not same or not all(torch.equal(a, b) for a, b in zip(seen, others, strict=True)):
-        found = Shared()
-        _BY_SOURCE[packed] = (packed._version, [part.clone() for part in others], found)
+    if packed in _BY_SOURCE:
+        version, seen, found = _BY_SOURCE[packed]
+        same = version == packed._version and len(seen) == len(others)
+        if same and all(torch.equal(a, b) for a, b in zip(seen, others, strict=True)):
+            return found
+    found = Shared()
+    _BY_SOURCE[packed] = (packed._version, [part.clone() for part in others], found)
     return found
