@@ -10,8 +10,8 @@
 //     8 bit: 64 bytes = one step; signed codes w.
 //     4 bit: 64 bytes = two steps; unsigned w + 8, low nibble = even step, high nibble = odd step.
 //     2 bit: 64 bytes = four steps; unsigned w + 2, bits 2s..2s+1 of a byte belong to step s.
-//     3 bit (scales per group only): 192 bytes = eight steps; unsigned w + 4, two times four steps of the lower 2
-//            bits, then bit s of a byte is the third bit of step s.
+//     3 bit: 192 bytes = eight steps; unsigned w + 4, two times four steps of the lower 2 bits, then bit s of a
+//            byte is the third bit of step s.
 //   64 bytes are called a group: 4, 8 or 16 inputs. Rows are padded to 16 and k to whole groups; the
 //   padding holds the code 0. Convolutions: see conv.cpp.
 //   For float activations ("decoded") the same, with indices of a table in place of w + 8 and w + 2 (8 bit:
@@ -25,6 +25,9 @@
 //   signed bytes only takes `byte_bias` = 128 off each byte as it reads it; `zero` below is that much smaller.
 //   4 and 2 bit weights: code - (qmax > 127 ? 128 : 0), signed, padded with 0. Here the weights are the
 //   unsigned side, which saves their sign extension, and the row term carries 8 (or 2) times the row's sum.
+//   8 bit weights with a scale per group and activations that fit a signed byte: code, signed. So symmetric
+//   activations have no zero, and the weights need no sums. An instruction set that multiplies unsigned by signed
+//   bytes adds `signed_half` = 128 to each weight as it reads it, and the row term takes that much of the row's sum.
 //   Either way, modulo 2^32 and with the terms of `RowTerms`:
 //     sum_k (code - z) * w  =  dot - constant - zero * w_sum
 #pragma once
@@ -35,6 +38,7 @@ namespace bitwright {
 
 constexpr int64_t kLanes = 16;       // output rows of a block, lanes of every logical vector
 constexpr int64_t kGroupBytes = 64;  // one load of weights
+constexpr int kSignedEight = 9;      // stands for 8 bit weights against signed activations
 constexpr int64_t kAheadBytes = 1024;  // how far ahead of a single row its weights are requested
 
 // byte = int(rint(clamp(x / scale, low, high))) + offset, with low = qmin - z and high = qmax - z. This
@@ -69,8 +73,8 @@ struct Gemm {
     int64_t block_bytes;
     int64_t columns;  // outputs that exist (the last block may be padding)
     const float* w_scale;
-    const int32_t* w_sum;
-    const float* bias;  // or null
+    const int32_t* w_sum;  // or null where no row has a zero
+    const float* bias;     // or null
     const RowTerms* terms;
     int64_t terms_stride;  // 0: one entry for all rows
     float* y;
@@ -82,7 +86,7 @@ struct Gemm {
     int64_t scale_groups;
     const int32_t* constants;  // [scale_groups][constants_stride]: minus the constant of `terms`, per row
     int64_t constants_stride;
-    bool shifted;   // some row has a zero
+    bool shifted;   // some row may have a zero
     bool one_zero;  // all rows have that of the first
 };
 
@@ -180,8 +184,8 @@ struct Kernels {
     // Returns the sum of the bytes read as signed numbers before truncation.
     int32_t (*quantize)(const float* x, int64_t count, const Quantizer& quantizer, uint8_t* out);
     void (*quantize_planes)(const Planes& planes, const Quantizer& quantizer);
-    void (*gemm[3])(const Gemm& gemm, const Span& span);     // for 8, 4 and 2 bit weights
-    void (*grouped[4])(const Gemm& gemm, const Span& span);  // with a scale per group, for 8, 4, 3 and 2 bits
+    void (*gemm[4])(const Gemm& gemm, const Span& span);     // for 8, 4, 3 and 2 bit weights
+    void (*grouped[5])(const Gemm& gemm, const Span& span);  // with a scale per group; the fifth for kSignedEight
     // Rows and blocks from, to; for 8, 4, 3 and 2 bit codes.
     void (*decoded[4])(const Decoded& job, int64_t row, int64_t row_end, int64_t block, int64_t block_end);
     // Values of the blocks from, to, at out[input * stride + 16 * block + lane]; likewise.
@@ -194,7 +198,8 @@ struct Kernels {
                     double* square);
     int64_t tile_rows;  // what the matrix kernel takes at once
     int64_t tile_blocks;
-    int32_t byte_bias;  // what the matrix kernels take off activations for 8-bit weights
+    int32_t byte_bias;    // what the matrix kernels take off activations for 8-bit weights
+    int32_t signed_half;  // what they add to the weights of kSignedEight
 };
 
 const Kernels* portable_kernels();

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "quantize.h"
 #include "simd.h"
+#include "unit.h"
 
 namespace bitwright {
 
@@ -34,7 +35,7 @@ struct Columns {
         count = columns - first < kLanes ? columns - first : kLanes;
         if (count == kLanes) {
             scale = S::load(w_scale + first);
-            sum = S::load_int(w_sum + first);
+            sum = w_sum != nullptr ? S::load_int(w_sum + first) : S::set_int(0);
             bias = w_bias != nullptr ? S::load(w_bias + first) : S::set(0.0f);
             return;
         }
@@ -43,7 +44,7 @@ struct Columns {
         int32_t sums[kLanes] = {};
         for (int64_t i = 0; i < count; ++i) {
             scales[i] = w_scale[first + i];
-            sums[i] = w_sum[first + i];
+            sums[i] = w_sum != nullptr ? w_sum[first + i] : 0;
             biases[i] = w_bias != nullptr ? w_bias[first + i] : 0.0f;
         }
         scale = S::load(scales);
@@ -86,53 +87,8 @@ struct Columns {
     }
 };
 
-// Addresses of the rows of a tile: every third row has a pointer, the two after it are reached by the
-// addressing modes [p + stride] and [p + 2 * stride]. One pointer per row would not fit the general
-// registers.
-template <int ROWS>
-struct RowPointers {
-    static constexpr int kPointers = (ROWS + 2) / 3;
-    const uint8_t* pointer[kPointers];
-
-    BW_INLINE RowPointers(const uint8_t* x, int64_t stride) {
-        BW_UNROLL
-        for (int i = 0; i < kPointers; ++i) {
-            pointer[i] = x + 3 * i * stride;
-            BW_OPAQUE(pointer[i]);  // or the compiler turns them back into one base and many offsets
-        }
-    }
-    BW_INLINE const uint8_t* row(int r, int64_t stride) const { return pointer[r / 3] + r % 3 * stride; }
-    BW_INLINE void advance(int64_t bytes) {
-        BW_UNROLL
-        for (int i = 0; i < kPointers; ++i) pointer[i] += bytes;
-    }
-};
-
-// One group of weights: 8 / BITS steps of 4 inputs against every row.
-template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
-BW_INLINE void step(const typename S::Raw (&raw)[BLOCKS], const RowPointers<ROWS>& x, int64_t stride,
-                    typename S::I (&acc)[BLOCKS][ROWS]) {
-    decltype(S::template unpack<BITS, STEP>(raw[0])) w[BLOCKS];
-    BW_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) w[b] = S::template unpack<BITS, STEP>(raw[b]);
-    BW_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-        const auto four = S::template broadcast<BITS>(x.row(r, stride) + 4 * STEP);
-        BW_UNROLL
-        for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<BITS>(acc[b][r], w[b], four);
-    }
-    if constexpr (STEP + 1 < 8 / BITS) step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
-}
-
-// Weights that a later tile will read: one line is requested per group, `step` bytes apart.
-struct Ahead {
-    const uint8_t* at;
-    int64_t step;
-};
-
 template <class S, int BITS, int ROWS, int BLOCKS>
 void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
-    constexpr int64_t kInputs = 4 * (8 / BITS);
     typename S::I acc[BLOCKS][ROWS];
     BW_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
@@ -145,19 +101,9 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     for (int64_t run = 0; run < g.runs; ++run) {
         RowPointers<ROWS> x(g.x + row * stride + g.run_offsets[run], stride);
         for (int64_t left = g.run_groups; left > 0; --left) {
-            typename S::Raw raw[BLOCKS];
-            BW_UNROLL
-            for (int b = 0; b < BLOCKS; ++b) raw[b] = S::load_raw(w + b * block_bytes);
-            step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
-            if constexpr (ROWS == 1) {  // every weight is read once: the stream is all that there is to wait for
-                BW_UNROLL
-                for (int b = 0; b < BLOCKS; ++b) BW_PREFETCH(w + b * block_bytes + kAheadBytes);
-            } else {
-                BW_PREFETCH(ahead.at);
-                ahead.at += ahead.step;
-            }
-            x.advance(kInputs);
-            w += kGroupBytes;
+            unit_products<S, BITS, ROWS, BLOCKS>(w, block_bytes, x, stride, acc, ahead);
+            x.advance(Unit<BITS>::kInputs);
+            w += Unit<BITS>::kBytes;
         }
     }
     BW_UNROLL

@@ -10,42 +10,6 @@
 
 namespace bitwright {
 
-// The smallest run of packed codes that can be read by itself: one load, or at 3 bits two loads of lower bits
-// and one of upper bits.
-template <int BITS>
-struct Unit {
-    static constexpr int kWidth = BITS == 3 ? 2 : BITS;
-    static constexpr int kLoads = BITS == 3 ? 3 : 1;
-    static constexpr int kSteps = BITS == 3 ? 8 : 8 / BITS;  // of 4 inputs
-};
-
-template <class S, int BITS, int STEP>
-BW_INLINE auto unpack_unit(const typename S::Raw (&raw)[Unit<BITS>::kLoads]) {
-    constexpr int kPerLoad = 8 / Unit<BITS>::kWidth;
-    const auto low = S::template unpack<Unit<BITS>::kWidth, STEP % kPerLoad>(raw[STEP / kPerLoad]);
-    if constexpr (BITS == 3) {
-        return S::template with_third<STEP>(low, raw[2]);
-    } else {
-        return low;
-    }
-}
-
-template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
-BW_INLINE void unit_step(const typename S::Raw (&raw)[BLOCKS][Unit<BITS>::kLoads], const RowPointers<ROWS>& x,
-                         int64_t stride, typename S::I (&acc)[BLOCKS][ROWS]) {
-    constexpr int kSide = BITS == 3 ? 4 : BITS;  // which operand is the unsigned one
-    decltype(unpack_unit<S, BITS, STEP>(raw[0])) w[BLOCKS];
-    BW_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) w[b] = unpack_unit<S, BITS, STEP>(raw[b]);
-    BW_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-        const auto four = S::template broadcast<kSide>(x.row(r, stride) + 4 * STEP);
-        BW_UNROLL
-        for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<kSide>(acc[b][r], w[b], four);
-    }
-    if constexpr (STEP + 1 < Unit<BITS>::kSteps) unit_step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
-}
-
 // What the sums of a scale group start from: constant - zero * w_sum.
 template <class S, int ROWS, int BLOCKS>
 BW_INLINE void start_group(const Gemm& g, int64_t row, int64_t block, int64_t group,
@@ -94,8 +58,6 @@ BW_INLINE void finish_rows(const Gemm& g, int64_t row, int64_t block, const floa
 
 template <class S, int BITS, int ROWS, int BLOCKS>
 void grouped_tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
-    constexpr int64_t kInputs = 4 * Unit<BITS>::kSteps;
-    constexpr int64_t kBytes = Unit<BITS>::kLoads * kGroupBytes;
     alignas(64) float totals[BLOCKS * ROWS * kLanes] = {};
     const int64_t stride = g.x_stride;
     const int64_t block_bytes = g.block_bytes;
@@ -105,26 +67,9 @@ void grouped_tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
         typename S::I acc[BLOCKS][ROWS];
         start_group<S>(g, row, block, group, acc);
         for (int64_t left = g.run_groups; left > 0; --left) {
-            typename S::Raw raw[BLOCKS][Unit<BITS>::kLoads];
-            BW_UNROLL
-            for (int b = 0; b < BLOCKS; ++b) {
-                BW_UNROLL
-                for (int i = 0; i < Unit<BITS>::kLoads; ++i) {
-                    raw[b][i] = S::load_raw(w + b * block_bytes + i * kGroupBytes);
-                }
-            }
-            unit_step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
-            BW_UNROLL
-            for (int i = 0; i < Unit<BITS>::kLoads; ++i) {
-                BW_UNROLL
-                for (int b = 0; b < BLOCKS && ROWS == 1; ++b) {
-                    BW_PREFETCH(w + b * block_bytes + i * kGroupBytes + kAheadBytes);
-                }
-                if (ROWS > 1) BW_PREFETCH(ahead.at);
-                ahead.at += ahead.step;
-            }
-            x.advance(kInputs);
-            w += kBytes;
+            unit_products<S, BITS, ROWS, BLOCKS>(w, block_bytes, x, stride, acc, ahead);
+            x.advance(Unit<BITS>::kInputs);
+            w += Unit<BITS>::kBytes;
         }
         float* total = totals;
         BW_OPAQUE(total);  // or the sums would take the registers of the accumulators

@@ -32,6 +32,7 @@ struct Avx2 {
     static constexpr int kSingleBlocks = 2;
     static constexpr int kByteBias = 0;
     static constexpr bool kFused = false;
+    static constexpr int kSignedHalf = 0;
     using Table = F;
 
     static BW_INLINE __m256i load_half(const void* p) {
@@ -153,7 +154,7 @@ struct Avx2 {
     static BW_INLINE Raw load_raw(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
     template <int BITS, int STEP>
     static BW_INLINE auto unpack(Raw raw) {
-        if constexpr (BITS == 8) {
+        if constexpr (BITS >= 8) {
             return Split{_mm256_srai_epi16(_mm256_slli_epi16(raw.lo, 8), 8), _mm256_srai_epi16(raw.lo, 8),
                          _mm256_srai_epi16(_mm256_slli_epi16(raw.hi, 8), 8), _mm256_srai_epi16(raw.hi, 8)};
         } else {
@@ -179,6 +180,8 @@ struct Avx2 {
         const __m256i x = _mm256_set1_epi32(four);
         if constexpr (BITS == 8) {
             return Four{_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+        } else if constexpr (BITS == kSignedEight) {
+            return Four{_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
         } else {
             return x;
         }

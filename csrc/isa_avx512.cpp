@@ -22,6 +22,7 @@ struct Avx512 {
     static constexpr int kSingleBlocks = 4;
     static constexpr int kByteBias = 0;
     static constexpr bool kFused = true;
+    static constexpr int kSignedHalf = 128;
     using Table = __m512;
 
     static BW_INLINE F set(float v) { return _mm512_set1_ps(v); }
@@ -98,9 +99,14 @@ struct Avx512 {
     static BW_INLINE Raw load_raw(const uint8_t* p) { return _mm512_loadu_si512(p); }
     template <int BITS, int STEP>
     static BW_INLINE I unpack(Raw raw) {
-        if constexpr (BITS == 8) return raw;
-        const I moved = STEP == 0 ? raw : _mm512_srli_epi16(raw, STEP * BITS);
-        return _mm512_and_si512(moved, _mm512_set1_epi8((1 << BITS) - 1));
+        if constexpr (BITS == 8) {
+            return raw;
+        } else if constexpr (BITS == kSignedEight) {
+            return _mm512_xor_si512(raw, _mm512_set1_epi8(-128));
+        } else {
+            const I moved = STEP == 0 ? raw : _mm512_srli_epi16(raw, STEP * BITS);
+            return _mm512_and_si512(moved, _mm512_set1_epi8((1 << BITS) - 1));
+        }
     }
     // Unpacked lower two bits of a step and, above them, its third bits.
     template <int STEP>

@@ -32,6 +32,7 @@ struct Neon {
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 128;
     static constexpr bool kFused = false;
+    static constexpr int kSignedHalf = 0;
     using Table = uint8x16x4_t;
 
     template <class V, class Fn>
@@ -188,8 +189,11 @@ struct Neon {
     template <int BITS, int STEP>
     static BW_INLINE Bytes unpack(Raw raw) {
         return each<Bytes>([&](int i) {
-            if constexpr (BITS == 8) return vreinterpretq_s8_u8(raw.v[i]);
-            return vreinterpretq_s8_u8(vandq_u8(shift_bytes<STEP * BITS>(raw.v[i]), vdupq_n_u8((1 << BITS) - 1)));
+            if constexpr (BITS >= 8) {
+                return vreinterpretq_s8_u8(raw.v[i]);
+            } else {
+                return vreinterpretq_s8_u8(vandq_u8(shift_bytes<STEP * BITS>(raw.v[i]), vdupq_n_u8((1 << BITS) - 1)));
+            }
         });
     }
     // Unpacked lower two bits of a step and, above them, its third bits.

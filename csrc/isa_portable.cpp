@@ -35,6 +35,7 @@ struct Portable {
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 0;
     static constexpr bool kFused = false;
+    static constexpr int kSignedHalf = 0;
     using Table = F;
 
     template <class V, class Fn>
@@ -164,7 +165,7 @@ struct Portable {
         Bytes out;
         for (int t = 0; t < 4; ++t) {
             for (int i = 0; i < kLanes; ++i) {
-                if constexpr (BITS == 8) {
+                if constexpr (BITS >= 8) {
                     out.v[t][i] = wrap(raw.v[i] << (24 - 8 * t)) >> 24;
                 } else {
                     out.v[t][i] = wrap((raw.v[i] >> (8 * t + STEP * BITS)) & ((1u << BITS) - 1));

@@ -1,6 +1,5 @@
-// y = quantize(x) @ w^T, for 8-, 4- and 2-bit weights with a scale per output, or per group of inputs, where 3 bits
-// have a layout too: packs the weights, quantizes the rows of x to bytes
-// and runs the matrix kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized
+// y = quantize(x) @ w^T, for 8-, 4-, 3- and 2-bit weights with a scale per output, or per group of inputs: packs the
+// weights, quantizes the rows of x to bytes and runs the matrix kernel. Any m, k and n. Long inputs are cut into chunks of rows so that the quantized
 // copy stays near the cores and the working memory stays bounded. Layouts: dispatch.h.
 #include <cfloat>
 #include <cstring>
@@ -34,22 +33,35 @@ void check(const Linear& a) {
     size_product({a.m, a.n});
     check_range(a.range);
     require(a.threads >= 1, "threads must be positive");
-    require(a.bits != 3 || a.group_size > 0, "3-bit weights need a scale per group");
     require(a.group_size >= 0 && (a.group_size == 0 || a.k % a.group_size == 0), "groups must divide the inputs");
     require(a.group_size % unit_inputs(a.bits) == 0, "groups must hold whole units of codes");
     require(a.scale_stride == 0 || a.scale_stride == 1, "scale stride must be 0 or 1");
     require(a.dynamic || a.scale != nullptr || a.m == 0, "a static quantizer needs a scale");
     require(!a.dynamic || (a.zero == nullptr && a.range.qmax > 0), "a dynamic quantizer is symmetric");
-    require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr && a.w_sum != nullptr),
-            "null pointer");
+    require(a.m == 0 || a.n == 0 || (a.y != nullptr && a.w_scale != nullptr), "null pointer");
     require(a.m == 0 || a.n == 0 || a.k == 0 || (a.x != nullptr && a.w != nullptr), "null pointer");
 }
 
+// Whether both operands are signed bytes, see dispatch.h.
+bool signed_eight(const Linear& a) { return a.bits == 8 && a.group_size > 0 && a.range.qmax <= 127; }
+
 // The byte of code 0 relative to the code, see dispatch.h.
 int32_t byte_shift(const Linear& a) {
-    if (a.bits == 8) return a.range.qmin < 0 ? 128 : 0;
+    if (a.bits == 8 && !signed_eight(a)) return a.range.qmin < 0 ? 128 : 0;
     return a.range.qmax > 127 ? -128 : 0;
 }
+
+// What the kernel takes off each byte, and adds to each code of the weights.
+int32_t bias_of(const Linear& a, const Kernels& kernels) {
+    return a.bits == 8 && !signed_eight(a) ? kernels.byte_bias : 0;
+}
+uint32_t half_of(const Linear& a, const Kernels& kernels) {
+    if (a.bits < 8) return 1u << (a.bits - 1);
+    return signed_eight(a) ? static_cast<uint32_t>(kernels.signed_half) : 0;
+}
+
+// Which kernel of `Kernels`.
+int width_index(const Linear& a) { return a.bits < 8 ? 5 - a.bits : signed_eight(a) ? 4 : 0; }
 
 Quantizer row_quantizer(const Linear& a, const Kernels& kernels, int64_t row) {
     float scale;
@@ -87,9 +99,9 @@ void quantize_row(const Linear& a, const Kernels& kernels, const Rows& rows, int
     const Quantizer quantizer = row_quantizer(a, kernels, first + i);
     uint8_t* bytes = rows.bytes + i * rows.stride;
     const float* x = a.x + (first + i) * a.k;
-    const uint32_t half = a.bits == 8 ? 0 : 1u << (a.bits - 1);
+    const uint32_t half = half_of(a, kernels);
     std::memset(bytes + a.k, 0, static_cast<size_t>(rows.stride - a.k));
-    rows.terms[i] = {quantizer.scale, quantizer.offset - (a.bits == 8 ? kernels.byte_bias : 0), 0};
+    rows.terms[i] = {quantizer.scale, quantizer.offset - bias_of(a, kernels), 0};
     for (int64_t group = 0; group < scale_groups(a); ++group) {
         const int64_t begin = group * a.group_size;
         const int32_t sum = kernels.quantize(x + begin, a.group_size, quantizer, bytes + begin);
@@ -134,7 +146,7 @@ Gemm strip(const Linear& a, const Rows& rows, int64_t first, int64_t begin, int6
     gemm.constants = rows.constants + begin;
     gemm.constants_stride = rows.constants_stride;
     gemm.one_zero = a.dynamic || a.scale_stride == 0;
-    gemm.shifted = !gemm.one_zero || gemm.terms->zero != 0;
+    gemm.shifted = a.w_sum != nullptr && (!gemm.one_zero || gemm.terms->zero != 0);
     return gemm;
 }
 
@@ -151,8 +163,7 @@ void run_chunk(const Linear& a, const Kernels& kernels, const Rows& rows, int64_
         const int64_t begin = i * kStripRows;
         return strip(a, rows, first, begin, std::min(kStripRows, count - begin), &run_offset);
     };
-    const auto run = a.group_size > 0 ? kernels.grouped[a.bits == 8 ? 0 : 5 - a.bits]
-                                      : kernels.gemm[a.bits == 8 ? 0 : a.bits == 4 ? 1 : 2];
+    const auto run = a.group_size > 0 ? kernels.grouped[width_index(a)] : kernels.gemm[width_index(a)];
     const Work all{ceil_div(count, kStripRows), ceil_div(a.n, kLanes), strip_at(0).block_bytes, run};
     const bool by_blocks = split_by_blocks(all, kernels, threads, count * a.k);
     parallel_for(threads,
@@ -222,6 +233,8 @@ void linear(const Linear& a) {
     check(a);
     const Kernels& kernels = bitwright::kernels(a.isa);
     if (a.m == 0 || a.n == 0) return;
+    const bool centred = a.zero == nullptr && byte_shift(a) == bias_of(a, kernels);
+    require(a.w_sum != nullptr || centred, "activations with a zero point or an offset need the sums of the weights");
     check_rows(a);
     const int64_t width = round_up(a.k, unit_inputs(a.bits));
     // One cache line more than needed: rows at a power of two would share one set of the L1 cache.

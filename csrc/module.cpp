@@ -153,6 +153,24 @@ NB_MODULE(_native, m) {
         },
         Release());
     m.def(
+        "unpack_linear",
+        [](uintptr_t in, int64_t bits, int64_t n, int64_t k, uintptr_t codes) {
+            unpack_linear(at<const uint8_t>(in), bits, n, k, at<int8_t>(codes));
+        },
+        Release());
+    m.def(
+        "unpack_decoded",
+        [](uintptr_t in, int64_t bits, int64_t n, int64_t k, uintptr_t codes) {
+            unpack_decoded(at<const uint8_t>(in), bits, n, k, at<uint8_t>(codes));
+        },
+        Release());
+    m.def(
+        "unpack_conv",
+        [](uintptr_t in, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups, uintptr_t codes) {
+            unpack_conv(at<const uint8_t>(in), o, c, kh, kw, groups, at<int8_t>(codes));
+        },
+        Release());
+    m.def(
         "linear",
         [](int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n, uintptr_t scale, uintptr_t zero,
            int64_t rows_per_scale_stride, bool dynamic, int64_t qmin, int64_t qmax, uintptr_t w, uintptr_t w_scale,

@@ -58,7 +58,7 @@ struct Linear {
     Range8 range;
     const uint8_t* w;      // pack_linear
     const float* w_scale;  // [n]
-    const int32_t* w_sum;  // [n]
+    const int32_t* w_sum;  // [n], or null where activations are symmetric and fit what the kernel multiplies
     const float* bias;     // [n] or null
     float* y;              // [m, n]
     int threads;
@@ -69,6 +69,12 @@ struct Linear {
 int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k);
 void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
 void linear(const Linear& args);
+
+// The inverses of pack_linear, pack_decoded and pack_conv: unpack.cpp.
+void unpack_linear(const uint8_t* in, int64_t bits, int64_t n, int64_t k, int8_t* codes);
+void unpack_decoded(const uint8_t* in, int64_t bits, int64_t n, int64_t k, uint8_t* codes);
+void unpack_conv(const uint8_t* in, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
+                 int8_t* codes);
 
 // Weights (table[code] - zero) * scale, at 8 bits (code - zero) * scale, against float activations.
 struct DecodedLinear {

@@ -176,6 +176,9 @@ void test_conv(int64_t cases) {
         Conv a = c.a;
         Buffer<uint8_t> packed(conv_layout_bytes(a.o, c.inputs(), a.kh, a.kw, a.groups), random);
         pack_conv(c.codes.data(), a.o, c.inputs(), a.kh, a.kw, a.groups, packed.data());
+        Buffer<int8_t> unpacked(a.o * c.inputs() * a.kh * a.kw, random);
+        unpack_conv(packed.data(), a.o, c.inputs(), a.kh, a.kw, a.groups, unpacked.data());
+        expect_same(unpacked, c.codes, "conv2d: unpacked codes");
         const Buffer<float> wanted = defined(c, random);
         a.x = c.x.data();
         a.scale = c.encoding.scale;

@@ -45,6 +45,9 @@ Case make_case(Random& random) {
     for (int64_t i = distinct; i < 16; ++i) c.table[i] = c.table[i % distinct];
     for (int64_t i = 0; i < n * k; ++i) c.codes[i] = static_cast<uint8_t>(random.between(0, (1 << bits) - 1));
     pack_decoded(c.codes.data(), bits, n, k, c.packed.data());
+    Buffer<uint8_t> unpacked(n * k, random);
+    unpack_decoded(c.packed.data(), bits, n, k, unpacked.data());
+    expect_same(unpacked, c.codes, "decoded linear: unpacked codes");
     return c;
 }
 

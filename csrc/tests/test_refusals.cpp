@@ -52,7 +52,7 @@ void linear_refusals() {
     refused("threads must be positive", [](Linear& a) { a.threads = 0; });
     refused("groups must divide", [](Linear& a) { a.group_size = 3; });
     refused("whole units", [](Linear& a) { a.bits = 4, a.group_size = 4; });
-    refused("3-bit weights need", [](Linear& a) { a.bits = 3; });
+    refused("need the sums", [](Linear& a) { a.w_sum = nullptr; });
     refused("8, 4, 3 or 2 bits", [](Linear& a) { a.bits = 5; });
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         refused("row 0 of x has no dynamic scale", [&](Linear& a) {

@@ -86,7 +86,7 @@ def gen(*seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("act", ACTS)
 def test_linear_shapes(isa: str, bits: int, act: str) -> None:
     g = gen(bits)
@@ -101,7 +101,7 @@ def test_linear_shapes(isa: str, bits: int, act: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_linear_many_rows_and_columns(isa: str, bits: int) -> None:
     g = gen(bits, 1)
     codes, scale, _ = weights((330, 260), bits, g)
@@ -123,7 +123,7 @@ def test_linear_in_several_chunks_of_rows(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize(("qmin", "qmax"), [(-127, 127), (-128, 127), (-7, 7)])
 def test_linear_dynamic(isa: str, bits: int, qmin: int, qmax: int) -> None:
     g = gen(bits, qmax)
@@ -134,6 +134,19 @@ def test_linear_dynamic(isa: str, bits: int, qmin: int, qmax: int) -> None:
     got = run_linear(isa, x, codes, scale, bias, Act(qmin, qmax, None), bits)
     assert got.shape == (3, 5, 21)
     assert torch.equal(got, expect_linear(x, codes, scale, bias, Act(qmin, qmax, None)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_linear_has_no_use_for_sums_where_activations_are_symmetric_signed_bytes(isa: str, bits: int) -> None:
+    g = gen(bits, 5)
+    codes, scale, _ = weights((21, 83), bits, g)
+    x = torch.randn(9, 83, generator=g)
+    for act in (Act(-127, 127, None), Act(-8, 7, None)):
+        got = torch.ops.bitwright.linear(
+            x, cpu.pack_linear(codes, bits), scale, None, None, None, None, bits, act.qmin, act.qmax, cpu.ISA[isa]
+        )
+        assert torch.equal(got, run_linear(isa, x, codes, scale, None, act, bits))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -198,7 +211,7 @@ def test_nan_is_harmless(isa: str) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    m=st.integers(0, 50), k=st.integers(0, 300), n=st.integers(1, 70), bits=st.sampled_from([8, 4, 2]),
+    m=st.integers(0, 50), k=st.integers(0, 300), n=st.integers(1, 70), bits=st.sampled_from([8, 4, 3, 2]),
     isa=st.sampled_from(ISAS), act=st.sampled_from([*ACTS, "dynamic"]), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_linear_any_shape(m: int, k: int, n: int, bits: int, isa: str, act: str, seed: int) -> None:
@@ -462,7 +475,9 @@ def test_refusals() -> None:
     wrong: list[tuple[str, dict[str, object]]] = [
         ("bytes", {"x": torch.zeros(2, 9)}),
         ("float32", {"x": x.double()}),
-        ("bits", {"bits": 3}),
+        ("bits", {"bits": 5}),
+        ("bytes", {"bits": 3}),
+        ("need the sums", {"weight_sum": None}),
         ("codes must lie", {"qmin": -128, "qmax": 255}),
         ("instruction set", {"isa": 9}),
         ("scale has 3", {"scale": torch.ones(3)}),

@@ -45,7 +45,7 @@ def defined(x: Tensor, weight: QTensor, bias: Tensor | None, input: Activation) 
 def ran(name: str, x: Tensor, weight: QTensor, bias: Tensor | None, input: Activation) -> Tensor:
     row = next(row for row in table.KERNELS if row.name == name)
     assert row.refuses(weight.spec, input.spec, weight.shape) == ""
-    return row.run(x, row.pack(weight, 1), weight.spec, bias, input)
+    return row.run(x, row.pack(weight, 1, input.spec), weight.spec, bias, input)
 
 
 @given(
@@ -67,6 +67,23 @@ def test_every_row_equals_the_definition(
     b = torch.randn(n, generator=generator) if bias else None
     encoding = activation(input, x)
     assert torch.equal(ran(name, x, weight, b, encoding), defined(x, weight, b, encoding))
+
+
+@pytest.mark.skipif(cpu.native is None, reason="no native kernels here")
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2"])
+def test_sums_are_held_where_inputs_may_have_a_zero_point_and_asked_for_there(fmt: str) -> None:
+    weight, x = quantize(torch.randn(20, 64), QuantSpec.parse(f"{fmt}/group32")), torch.randn(6, 64)
+    row = next(row for row in table.KERNELS if row.name == f"linear/groups/{ISAS[0]}")
+    for text in ("int8/token/dynamic", "int4", "int8/dynamic"):
+        assert row.pack(weight, 1, QuantSpec.parse(text)).sums is None
+    for text in ("uint8/asym", "uint8", "int8/asym/dynamic"):
+        assert row.pack(weight, 1, QuantSpec.parse(text)).sums is not None
+    packed = row.pack(weight, 1, QuantSpec.parse("int8"))
+    with pytest.raises(KernelError, match="a zero point or an offset need the sums"):
+        row.run(x, packed, weight.spec, None, activation("uint8/asym", x))
+    scale = x.abs().amax(1, keepdim=True) / 127  # per row, from outside
+    symmetric = Activation(QuantSpec.parse("int8/token/dynamic"), QParams(scale))
+    assert torch.equal(row.run(x, packed, weight.spec, None, symmetric), defined(x, weight, None, symmetric))
 
 
 def test_no_rows_make_no_output() -> None:

@@ -126,9 +126,9 @@ def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | Non
     except BitwrightError as cause:
         raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {cause}") from cause
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
-    for name, value in rebuilt.state_dict().items():
-        if name in tensors and tensors[name].dtype != value.dtype:
-            found = f"{name} is {tensors[name].dtype}, expected {value.dtype}"
+    for name, dtype in _types(rebuilt).items():
+        if name in tensors and tensors[name].dtype != dtype:
+            found = f"{name} is {tensors[name].dtype}, expected {dtype}"
             raise CheckpointError(f"{folder / TENSORS} does not fit {type(model).__name__}: {found}")
     try:
         rebuilt.load_state_dict(tensors)
@@ -138,13 +138,31 @@ def load(folder: str | Path, model: nn.Module, *, features: frozenset[str] | Non
     return rebuilt
 
 
+def _types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The type of each tensor of a model's state dict, by name, without computing any."""
+    types: dict[str, torch.dtype] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = {
+            name: part.dtype
+            for name, part in (*module._parameters.items(), *module._buffers.items())
+            if part is not None
+        }
+        if isinstance(module, LowbitLayer):
+            own |= {name: dtype for name, (_, dtype) in module.stored_as.items()}
+        types |= {f"{path}.{name}" if path else name: dtype for name, dtype in own.items()}
+    return types
+
+
 def _check_scales(model: nn.Module, path: Path) -> None:
     """Shipped scales are positive; those in training may be driven below 0, where they count as the smallest."""
     for name, module in model.named_modules():
         shipped = isinstance(module, (LowbitLayer, LowbitAdd, Operand))
         if not shipped and not isinstance(module, Quantizer):
             continue
-        for part, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if isinstance(module, LowbitLayer) and module.weight_spec.scale is None:
+            own.append(("weight_scale", module.weight_scale))
+        for part, value in own:
             if "scale" not in part or part.startswith("kernel_") or not value.is_floating_point():
                 continue
             good = value.isfinite() & (value > 0) if shipped else value.isfinite()

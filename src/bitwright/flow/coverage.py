@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.flow.prepare import plan_of
 from bitwright.lowbit.attention import LowbitOperation, Operand
@@ -28,26 +28,38 @@ class Covered:
     why: str
 
 
+class _Once:
+    """Counts bytes, those of shared tensors and weights for the first of their owners."""
+
+    def __init__(self) -> None:
+        self._seen: set[object] = set()
+
+    def __call__(self, *tensors: Tensor | None) -> int:
+        return sum(part.nbytes for part in tensors if part is not None and self._new(part.data_ptr()))
+
+    def weight(self, layer: LowbitLayer) -> int:
+        """What is computed for files from a layer's constants."""
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in layer.stored_as.values())
+        return sum(sizes) if self._new(layer.shared) else 0
+
+    def _new(self, key: object) -> bool:
+        new = key not in self._seen
+        self._seen.add(key)
+        return new
+
+
 def coverage(model: nn.Module) -> list[Covered]:
     """One row per low-bit layer, its bias apart, and per other tensor of a converted model; bytes add up to the file's.
 
     Tied tensors are counted once. Raises `ModelError` for a model that was not prepared.
     """
     plan = plan_of(model)
-    rows, seen = [], set()
-
-    def once(*tensors: object) -> int:
-        total = 0
-        for tensor in tensors:
-            if tensor is not None and tensor.data_ptr() not in seen:  # type: ignore[attr-defined]
-                seen.add(tensor.data_ptr())  # type: ignore[attr-defined]
-                total += tensor.nbytes  # type: ignore[attr-defined]
-        return total
-
+    rows, once = [], _Once()
     for path, module in model.named_modules():
         if isinstance(module, LowbitLayer):
             site = _site(path, plan)
-            stored = once(*module.weight_parts)
+            scales = [part for name, part in module.named_buffers() if name.startswith("weight_scale_")]
+            stored = once.weight(module) + once(*scales)
             ranges = once(module.input_scale, module.input_zero_point)
             elements = math.prod(module.shape)
             rows.append(

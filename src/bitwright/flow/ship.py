@@ -41,8 +41,26 @@ from bitwright.numerics.spec import QParams
 from bitwright.plan.site import PRODUCTS
 
 Features = frozenset[str]
-Shared = dict[tuple[int, int], QTensor]
-"""Packed weights by identity of parameter and quantizer, so that tied weights are packed once."""
+_Key = tuple[int, int]
+
+
+class PackedOnce:
+    """Packed weights by identity of parameter and quantizer, so that tied weights are packed once.
+
+    Kept are those of the parameters that several modules own, and the last one: the rest need not wait in memory.
+    """
+
+    def __init__(self, tied: frozenset[int]) -> None:
+        self._tied = tied
+        self._kept: dict[_Key, QTensor] = {}
+
+    def get(self, weight: Tensor, quantizer: Quantizer, make: Callable[[], QTensor]) -> QTensor:
+        """The packed weight of a parameter; ``make`` packs it."""
+        key = (id(weight), id(quantizer))
+        if key not in self._kept:
+            self._kept = {other: kept for other, kept in self._kept.items() if other[0] in self._tied}
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 def activation(quantizer: Quantizer | None) -> Activation | None:
@@ -68,57 +86,53 @@ def pack_weight(weight: Tensor, quantizer: Quantizer) -> QTensor:
     return QTensor(packed, scale, zero_point, spec, tuple(weight.shape), codebook)
 
 
-def pack_once(weight: Tensor, quantizer: Quantizer, packed: Shared) -> QTensor:
+def pack_once(weight: Tensor, quantizer: Quantizer, packed: PackedOnce) -> QTensor:
     """`pack_weight`, once per parameter and quantizer."""
-    key = (id(weight), id(quantizer))
-    if key not in packed:
-        packed[key] = pack_weight(weight, quantizer)
-    return packed[key]
+    return packed.get(weight, quantizer, lambda: pack_weight(weight, quantizer))
 
 
 @torch.no_grad()
-def _weight(layer: QLayer, packed: Shared) -> tuple[QTensor, Tensor | None]:
+def _weight(layer: QLayer, packed: PackedOnce) -> tuple[QTensor, Tensor | None]:
     """A layer's weight as stored, with its batch norm folded in, and its float bias."""
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     weight, bias = layer.folded()
-    key = (id(layer.weight), id(quantizer))
-    if layer.norm or key not in packed:
-        packed[key] = pack_weight(weight, quantizer)
-    return packed[key], layer.on_grid(bias)
+    if layer.norm:  # folded into this layer alone
+        return pack_weight(weight, quantizer), layer.on_grid(bias)
+    return packed.get(layer.weight, quantizer, lambda: pack_weight(weight, quantizer)), layer.on_grid(bias)
 
 
-def _linear(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _linear(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitLinear(*_weight(module, packed), activation(module.input_quantizer), features)
 
 
-def _embedding(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _embedding(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitEmbedding(_weight(module, packed)[0], None, None, features)
 
 
-def _conv(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _conv(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     weight, bias = _weight(module, packed)
     input = activation(module.input_quantizer)
     return LowbitConv(weight, bias, input, features, geometry_of(module), prepad_of(module))
 
 
-def _conv3d(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _conv3d(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     weight, bias = _weight(module, packed)
     input = activation(module.input_quantizer)
     return LowbitConv3d(weight, bias, input, features, geometry_of(module), prepad_of(module))
 
 
-def _conv_transpose(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _conv_transpose(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     weight, bias = _weight(module, packed)
     input, geometry = activation(module.input_quantizer), geometry_of_transposed(module)
     return LowbitConvTranspose(weight, bias, input, features, geometry, tuple(module.output_padding))
 
 
-def _embedding_bag(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _embedding_bag(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitEmbeddingBag(_weight(module, packed)[0], features, bags_of(module))
 
 
-def _add(module: QAdd, features: Features, packed: Shared) -> nn.Module:
+def _add(module: QAdd, features: Features, packed: PackedOnce) -> nn.Module:
     left, right = activation(module.input_0_quantizer), activation(module.input_1_quantizer)
     assert left is not None
     assert right is not None
@@ -130,19 +144,19 @@ def _operands(module: Simulated, op: str) -> dict[str, Activation | None]:
     return {slot: activation(module.quantizer(slot)) for slot in slots}
 
 
-def _matmul(module: QMatMul, features: Features, packed: Shared) -> nn.Module:
+def _matmul(module: QMatMul, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitMatMul(_operands(module, "matmul"), features)
 
 
-def _cat(module: QCat, features: Features, packed: Shared) -> nn.Module:
+def _cat(module: QCat, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitCat(_operands(module, "cat"))
 
 
-def _attention(module: QAttention, features: Features, packed: Shared) -> nn.Module:
+def _attention(module: QAttention, features: Features, packed: PackedOnce) -> nn.Module:
     return LowbitAttention(_operands(module, "attention"), features)
 
 
-def _multihead(module: QMultiheadAttention, features: Features, packed: Shared) -> nn.Module:
+def _multihead(module: QMultiheadAttention, features: Features, packed: PackedOnce) -> nn.Module:
     parts: dict[Side, tuple[str, nn.Module]] = {}
     for side in SIDES:
         slot, rows, bias = weight_slot(module, side), rows_of(module, side), bias_of(module, side)
@@ -155,7 +169,7 @@ def _multihead(module: QMultiheadAttention, features: Features, packed: Shared) 
     return LowbitMultiheadAttention(module, parts)
 
 
-def _experts(module: Any, features: Features, packed: Shared) -> nn.Module:
+def _experts(module: Any, features: Features, packed: PackedOnce) -> nn.Module:
     parts: dict[str, list[nn.Module]] = {slot: [] for slot, _ in PAIRS}
     for slot, input in PAIRS:
         weight, quantizer = module.get_parameter(slot).detach(), module.quantizer(slot)
@@ -202,7 +216,7 @@ def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _recurrent(module: QRecurrent, features: Features, packed: Shared) -> nn.Module:
+def _recurrent(module: QRecurrent, features: Features, packed: PackedOnce) -> nn.Module:
     parts = {
         slot: part_of(module, slot, module.bias_of(slot), activation(module.quantizer(input)), features, packed)
         for slot, input in module.pairs()
@@ -212,7 +226,7 @@ def _recurrent(module: QRecurrent, features: Features, packed: Shared) -> nn.Mod
 
 
 def part_of(
-    module: Any, slot: str, bias: Tensor | None, input: Activation | None, features: Features, packed: Shared
+    module: Any, slot: str, bias: Tensor | None, input: Activation | None, features: Features, packed: PackedOnce
 ) -> nn.Module:
     """One linear product of a module with several: packed, or an `nn.Linear` where its weight stays in float."""
     weight, quantizer = module.get_parameter(slot), module.quantizer(slot)
@@ -224,7 +238,7 @@ def part_of(
     return linear
 
 
-SHIPPED: dict[type[nn.Module], Callable[[Any, Features, Shared], nn.Module]] = {
+SHIPPED: dict[type[nn.Module], Callable[[Any, Features, PackedOnce], nn.Module]] = {
     nn.Linear: _linear,
     QInOutLinear: _linear,
     nn.Embedding: _embedding,

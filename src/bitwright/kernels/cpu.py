@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import KernelError, NumericsError
+from bitwright.kernels.operators import address as _address
+from bitwright.kernels.operators import register
 
 try:
     import bitwright._native as native  # pyright: ignore[reportMissingImports]
@@ -43,8 +45,7 @@ BEST_ISA = max((ISA[name] for name in _FEATURES if name in ISA), default=ISA["po
 def pack_linear(codes: Tensor, bits: int) -> Tensor:
     """Lay out weight codes ``[n, k]`` (int8, within ``bits``) for ``bitwright::linear``: uint8 ``[bytes]``.
 
-    ``bits`` is 8, 4 or 2; 3 for ``bitwright::grouped_linear``. Rows are padded to 16, inputs to 4, 8, 16 or 32; codes
-    out of range raise KernelError.
+    ``bits`` is 8, 4, 3 or 2. Rows are padded to 16, inputs to 4, 8, 16 or 32; codes out of range raise KernelError.
     """
     _require_native()
     codes = _weight_codes(codes, 2)
@@ -71,20 +72,21 @@ def pack_conv(codes: Tensor, groups: int) -> Tensor:
 
 
 def _linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, bias: Tensor | None, scale: Tensor | None,
-    zero_point: Tensor | None, bits: int, qmin: int, qmax: int, isa: int,
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, zero_point: Tensor | None, bits: int, qmin: int, qmax: int, isa: int,
 ) -> Tensor:  # fmt: skip
     _require_native()
     _check_floats(x, "x")
     if x.dim() == 0:
         raise KernelError("linear: x needs at least one dimension")
-    if bits == 3:
-        raise KernelError("linear: codes of 3 bits are read with a scale per group only; pack them with 4 bits")
     n, k = weight_scale.numel(), x.shape[-1]
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
     m = y.numel() // n if n else 0
-    weight_scale, weight_sum, bias = _check_outputs(n, weight_scale, weight_sum, bias)
+    if weight_sum is None:
+        weight_scale, bias = _check_columns(n, weight_scale, bias)
+    else:
+        weight_scale, weight_sum, bias = _check_outputs(n, weight_scale, weight_sum, bias)
     per_row = 0
     if scale is not None:
         per_row = int(scale.numel() != 1)
@@ -96,7 +98,7 @@ def _linear(
         _check_layout(weight, native.linear_layout_bytes(bits, n, k))
         native.linear(
             isa, bits, x.data_ptr(), m, k, n, _address(scale), _address(zero_point), per_row, scale is None,
-            qmin, qmax, weight.data_ptr(), weight_scale.data_ptr(), weight_sum.data_ptr(), _address(bias),
+            qmin, qmax, weight.data_ptr(), weight_scale.data_ptr(), _address(weight_sum), _address(bias),
             y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:
@@ -256,8 +258,13 @@ def _check_outputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if weight_sum.dtype is not torch.int32 or weight_sum.numel() != n:
         raise KernelError(f"weight_sum must be {n} int32, got {weight_sum.numel()} {weight_sum.dtype}")
+    weight_scale, bias = _check_columns(n, weight_scale, bias)
+    return weight_scale, weight_sum.contiguous(), bias
+
+
+def _check_columns(n: int, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     bias = None if bias is None else _parameter(bias, (n,), "bias")
-    return _parameter(weight_scale, (n,), "weight_scale"), weight_sum.contiguous(), bias
+    return _parameter(weight_scale, (n,), "weight_scale"), bias
 
 
 def fills(x: Tensor, dtype: torch.dtype, count: int) -> bool:
@@ -275,14 +282,9 @@ def _check_layout(weight: Tensor, expected: int) -> None:
         raise KernelError(f"packed weights have {found} bytes, these shapes need {expected} contiguous bytes")
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-_LIBRARY = torch.library.Library("bitwright", "DEF")
 _OPERATORS = [
     (
-        "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
+        "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_sum, Tensor? bias, "
         "Tensor? scale, Tensor? zero_point, int bits, int qmin, int qmax, int isa) -> Tensor",
         _linear,
         _linear_shape,
@@ -302,6 +304,4 @@ _OPERATORS = [
     ),
 ]
 for _schema, _run, _shape in _OPERATORS:
-    _name = _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"bitwright::{_name}", _shape, lib=_LIBRARY)
+    register(_schema, _run, _shape)

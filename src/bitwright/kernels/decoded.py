@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu
-from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.spec import QuantSpec
+from bitwright.kernels.grouped import LANES, from_lanes, lanes
+from bitwright.kernels.operators import address, register
+from bitwright.kernels.unpack import unpack_decoded
+from bitwright.numerics.qtensor import QTensor, pack_rows
+from bitwright.numerics.spec import QParams, QuantSpec
 
-LANES = 16  # output rows of a block of weights
 _FEW_ROWS = 64  # more rows of activations than these are multiplied by panels
 _PANEL_BYTES = 8 << 20
 
@@ -59,10 +61,8 @@ def pack(weight: QTensor) -> DecodedWeight:
     """Lay out a weight ``[n, k]`` that `refuses` accepts."""
     spec, qparams = weight.spec, weight.qparams
     fmt, bits, (n, k) = spec.format, layout_bits(spec), weight.shape
-    codes = weight.codes.to(torch.int16)
-    shift = 0.0
-    if bits == 8:  # stored as signed bytes, whatever the format
-        shift = 128.0 if fmt.qmax > 127 else 0.0
+    codes, shift = weight.codes.to(torch.int16), _shift(spec)
+    if bits == 8:
         stored = (codes - int(shift)).to(torch.int8).view(torch.uint8)
         table = torch.zeros(16)
     else:
@@ -76,6 +76,32 @@ def pack(weight: QTensor) -> DecodedWeight:
         zero_point = torch.zeros_like(qparams.scale)
     zeros = None if zero_point is None else _lanes(zero_point - shift, n)
     return DecodedWeight(layout, table, _lanes(qparams.scale, n), zeros)
+
+
+def unpack(weight: DecodedWeight, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """The packed bytes (`numerics.packing`) of a weight that `pack` laid out."""
+    bits, fmt = layout_bits(spec), spec.format
+    codes = unpack_decoded(weight.layout, bits, shape[0], shape[1])
+    if bits == 8:
+        return pack_rows(codes.view(torch.int8).to(torch.int16) + int(_shift(spec)), spec)
+    return pack_rows(codes.to(torch.int16) + fmt.qmin if fmt.is_integer else codes, spec)
+
+
+def qparams(weight: DecodedWeight, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    """Scale, zero point and fitted table of a weight that `pack` laid out."""
+    scale_shape, zeros = spec.granularity.scale_shape(shape), None if spec.symmetric else weight.zeros
+
+    def stored(values: Tensor) -> Tensor:
+        rows = from_lanes(values, shape[0])
+        return (rows[0] if spec.granularity.kind == "tensor" else rows).reshape(scale_shape)
+
+    table = weight.table[: spec.format.qmax + 1] if spec.format.fit else None
+    return QParams(stored(weight.scales), None if zeros is None else stored(zeros) + _shift(spec), table)
+
+
+def _shift(spec: QuantSpec) -> float:
+    """What is taken off codes of 8 bits, which are stored as signed bytes, whatever the format."""
+    return 128.0 if layout_bits(spec) == 8 and spec.format.qmax > 127 else 0.0
 
 
 def _table(spec: QuantSpec, codebook: Tensor | None) -> Tensor:
@@ -92,8 +118,7 @@ def _table(spec: QuantSpec, codebook: Tensor | None) -> Tensor:
 def _lanes(values: Tensor, n: int) -> Tensor:
     """One value per tensor, row, or row and group, as ``[blocks, groups, 16]``, padded with 0."""
     rows = values.reshape(-1, 1).expand(n, 1) if values.numel() in (1, n) else values.reshape(n, -1)
-    padded = F.pad(rows.float(), (0, 0, 0, -n % LANES))
-    return padded.reshape(-1, LANES, rows.shape[1]).transpose(1, 2).contiguous()
+    return lanes(rows.float())
 
 
 def _decoded_linear(
@@ -115,7 +140,7 @@ def _decoded_linear(
     try:
         cpu.native.decoded_linear(
             isa, bits, x.data_ptr(), m, k, outputs, group_size or max(k, 1),
-            layout.data_ptr(), table.data_ptr(), scales.data_ptr(), _address(zeros), _address(bias), y.data_ptr(),
+            layout.data_ptr(), table.data_ptr(), scales.data_ptr(), address(zeros), address(bias), y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:
@@ -149,7 +174,7 @@ def _by_panels(
         try:
             cpu.native.decode_panel(
                 isa, bits, k, n, group_size, weight.layout.data_ptr(), weight.table.data_ptr(),
-                weight.scales.data_ptr(), _address(weight.zeros), begin, end, panel.data_ptr(), torch.get_num_threads(),
+                weight.scales.data_ptr(), address(weight.zeros), begin, end, panel.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
         except ValueError as error:
             raise KernelError(f"decoded_linear: {error}") from error
@@ -160,14 +185,9 @@ def _by_panels(
     return y if bias is None else y.add_(bias)
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-_LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
-_NAME = _LIBRARY.define(
+register(
     "decoded_linear(Tensor x, Tensor layout, Tensor table, Tensor scales, Tensor? zeros, Tensor? bias, "
-    "int outputs, int group_size, int bits, int isa) -> Tensor"
+    "int outputs, int group_size, int bits, int isa) -> Tensor",
+    _decoded_linear,
+    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[5])),
 )
-_LIBRARY.impl(_NAME, _decoded_linear, "CPU")
-torch.library.register_fake(f"bitwright::{_NAME}", lambda x, *rest: x.new_empty((*x.shape[:-1], rest[5])), lib=_LIBRARY)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bitwright.errors import KernelError, NumericsError
 from bitwright.kernels import cpu
+from bitwright.kernels.operators import address, register
 from bitwright.kernels.reference import not_integers
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QuantSpec
@@ -59,11 +60,14 @@ def refuses(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) 
     return f"groups of {size} are no multiple of {unit} inputs" if size % unit else ""
 
 
-def pack(weight: QTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Layout of the codes, and scales and sums of the groups as ``[blocks, groups, 16]``; see `refuses`."""
+def pack(weight: QTensor, with_sums: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Layout of the codes, and scales and sums of the groups as ``[blocks, groups, 16]``; see `refuses`.
+
+    Activations that are symmetric and fit a signed byte have no use for the sums.
+    """
     codes, scale = weight.codes.to(torch.int8).contiguous(), weight.qparams.scale
-    sums = codes.unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=torch.int32)
-    return cpu.pack_linear(codes, layout_bits(weight.spec)), lanes(scale.float()), lanes(sums)
+    sums = lanes(codes.unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=torch.int32)) if with_sums else None
+    return cpu.pack_linear(codes, layout_bits(weight.spec)), lanes(scale.float()), sums
 
 
 def lanes(values: Tensor) -> Tensor:
@@ -72,9 +76,15 @@ def lanes(values: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
+def from_lanes(values: Tensor, n: int) -> Tensor:
+    """``[blocks, groups, 16] -> [n, groups]``, the inverse of `lanes`."""
+    return values.transpose(1, 2).flatten(0, 1)[:n].contiguous()
+
+
 def _grouped_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, bias: Tensor | None, scale: Tensor | None,
-    zero_point: Tensor | None, outputs: int, group_size: int, bits: int, qmin: int, qmax: int, isa: int,
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, zero_point: Tensor | None, outputs: int, group_size: int, bits: int, qmin: int, qmax: int,
+    isa: int,
 ) -> Tensor:  # fmt: skip
     if x.dtype is not torch.float32 or x.dim() == 0:
         raise KernelError(f"grouped_linear: x must be float32 with at least one dimension, got {x.dtype}")
@@ -88,9 +98,9 @@ def _grouped_linear(
     try:
         _check_weight(weight, weight_scale, weight_sum, bias, (outputs, k, group_size, bits))
         cpu.native.grouped_linear(
-            isa, bits, x.data_ptr(), m, k, outputs, _address(scale), _address(zero_point), int(rows != 1),
-            scale is None, qmin, qmax, weight.data_ptr(), weight_scale.data_ptr(), weight_sum.data_ptr(),
-            _address(bias), y.data_ptr(), torch.get_num_threads(), group_size,
+            isa, bits, x.data_ptr(), m, k, outputs, address(scale), address(zero_point), int(rows != 1),
+            scale is None, qmin, qmax, weight.data_ptr(), weight_scale.data_ptr(), address(weight_sum),
+            address(bias), y.data_ptr(), torch.get_num_threads(), group_size,
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"grouped_linear: {error}") from error
@@ -100,7 +110,7 @@ def _grouped_linear(
 
 
 def _check_weight(
-    weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, sizes: tuple[int, int, int, int]
+    weight: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, sizes: tuple[int, int, int, int]
 ) -> None:
     n, k, group_size, bits = sizes
     if group_size < 1 or k % group_size:
@@ -108,20 +118,15 @@ def _check_weight(
     shape = (-(-n // LANES), k // group_size, LANES)
     if not cpu.fills(weight, torch.uint8, cpu.native.linear_layout_bytes(bits, n, k)):
         raise KernelError(f"grouped_linear: {weight.numel()} bytes of weights do not fit {n} x {k} codes")
-    count, fits = shape[0] * shape[1] * LANES, scale.shape == sums.shape == shape
-    constants = cpu.fills(scale, torch.float32, count) and cpu.fills(sums, torch.int32, count)
-    if not (fits and constants and (bias is None or cpu.fills(bias, torch.float32, n))):
+    count, fits = shape[0] * shape[1] * LANES, scale.shape == shape and (sums is None or sums.shape == shape)
+    constants = [(scale, torch.float32, count), (sums, torch.int32, count), (bias, torch.float32, n)]
+    if not (fits and all(part is None or cpu.fills(part, dtype, size) for part, dtype, size in constants)):
         raise KernelError(f"grouped_linear: scales, sums or bias do not fit {n} x {k} codes in groups of {group_size}")
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-_LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
-_NAME = _LIBRARY.define(
-    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, Tensor? scale, "
-    "Tensor? zero_point, int outputs, int group_size, int bits, int qmin, int qmax, int isa) -> Tensor"
+register(
+    "grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_sum, Tensor? bias, Tensor? scale, "
+    "Tensor? zero_point, int outputs, int group_size, int bits, int qmin, int qmax, int isa) -> Tensor",
+    _grouped_linear,
+    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[6])),
 )
-_LIBRARY.impl(_NAME, _grouped_linear, "CPU")
-torch.library.register_fake(f"bitwright::{_NAME}", lambda x, *rest: x.new_empty((*x.shape[:-1], rest[6])), lib=_LIBRARY)

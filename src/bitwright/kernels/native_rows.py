@@ -10,9 +10,10 @@ from torch import Tensor
 from bitwright.kernels import cpu, decoded, grouped, images
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
+from bitwright.kernels.unpack import unpack_conv, unpack_linear
 from bitwright.numerics.affine import live_qparams
-from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.spec import QuantSpec
+from bitwright.numerics.qtensor import QTensor, pack_rows
+from bitwright.numerics.spec import QParams, QuantSpec
 
 # int32 accumulators hold K products of a byte with a signed byte up to here.
 _LARGEST_K = 65536
@@ -29,21 +30,41 @@ def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[in
 
 
 def _layout_bits(spec: QuantSpec) -> int:
-    """Width of the native layout that holds a format's codes: 8, 4 or 2 bits."""
-    return next(bits for bits in (2, 4, 8) if bits >= spec.format.bits)
+    """Width of the native layout that holds a format's codes: 8, 4, 3 or 2 bits."""
+    return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
 
 
-def _pack_linear(weight: QTensor, groups: int) -> Packed:
-    codes = weight.codes.to(torch.int8)
-    layout = cpu.pack_linear(codes.contiguous(), _layout_bits(weight.spec))
-    return Packed(layout, _per_output(weight), sums=codes.sum(1, dtype=torch.int32))
+def _offset(input: QuantSpec | None) -> bool:
+    """Whether kernels may meet bytes of activations that are not the codes relative to their zero point."""
+    return input is None or not input.symmetric or input.format.qmax > 127
 
 
-def _pack_conv(weight: QTensor, groups: int) -> Packed:
+def _pack_linear(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
+    codes, bits = weight.codes.to(torch.int8), _layout_bits(weight.spec)
+    layout = cpu.pack_linear(codes.contiguous(), bits)
+    sums = codes.sum(1, dtype=torch.int32) if bits == 8 or _offset(input) else None
+    return Packed(layout, _per_output(weight), sums=sums)
+
+
+def _unpack_linear(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    return pack_rows(unpack_linear(packed.layout, _layout_bits(spec), shape[0], shape[1]), spec)
+
+
+def _output_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    scale = packed.scale[:1].clone() if spec.granularity.kind == "tensor" else packed.scale
+    return QParams(scale.view(spec.granularity.scale_shape(shape)))
+
+
+def _pack_conv(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
     codes = weight.codes.to(torch.int8)
     codes = codes.unsqueeze(2) if codes.dim() == 3 else codes
     layout = cpu.pack_conv(codes.contiguous(), groups)
     return Packed(layout, _per_output(weight), sums=codes.flatten(1).sum(1, dtype=torch.int32))
+
+
+def _unpack_conv(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    outputs, inputs, height, width = shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
+    return pack_rows(unpack_conv(packed.layout, (outputs, inputs, height, width), groups), spec)
 
 
 def _per_output(weight: QTensor) -> Tensor:
@@ -69,10 +90,18 @@ def _encoding(x: Tensor, input: Activation) -> tuple[Tensor | None, Tensor | Non
     return (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
 
 
-def _pack_grouped(weight: QTensor, groups: int) -> Packed:
-    layout, scale, sums = grouped.pack(weight)
+def _pack_grouped(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
+    layout, scale, sums = grouped.pack(weight, _offset(input))
     outputs = torch.empty(weight.shape[0], 0)  # no values: its shape says what padding hides
     return Packed(layout, scale, sums=sums, codebook=outputs)
+
+
+def _unpack_grouped(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    return pack_rows(unpack_linear(packed.layout, grouped.layout_bits(spec), shape[0], shape[1]), spec)
+
+
+def _group_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    return QParams(grouped.from_lanes(packed.scale, shape[0]))
 
 
 def _run_grouped(
@@ -107,10 +136,23 @@ def _decodable(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...
     return decoded.refuses(weight, shape)
 
 
-def _pack_decoded(weight: QTensor, groups: int) -> Packed:
+def _pack_decoded(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
     layout, codebook, scale, zero_point = decoded.pack(weight)
     outputs = torch.empty(weight.shape[0], 0)  # no values: its shape says what padding hides
     return Packed(layout, scale, zero_point, outputs, codebook)
+
+
+def _decoded_weight(packed: Packed) -> decoded.DecodedWeight:
+    assert packed.codebook is not None
+    return decoded.DecodedWeight(packed.layout, packed.codebook, packed.scale, packed.zero_point)
+
+
+def _unpack_decoded(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    return decoded.unpack(_decoded_weight(packed), spec, shape)
+
+
+def _decoded_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    return decoded.qparams(_decoded_weight(packed), spec, shape)
 
 
 def _run_decoded(
@@ -137,12 +179,13 @@ def _native_rows(isa: str) -> list[Kernel]:
     needs = frozenset({"native"} if isa == "portable" else {"native", isa})
     number = cpu.ISA[isa]
     return [
-        Kernel(f"linear/{isa}", "linear", needs, "16-row blocks of 8, 4 or 2 bits", _native_integers,
-               _pack_linear, partial(_run_native_linear, number)),
+        Kernel(f"linear/{isa}", "linear", needs, "16-row blocks of 8, 4, 3 or 2 bits", _native_integers,
+               _pack_linear, partial(_run_native_linear, number), _unpack_linear, _output_qparams),
         Kernel(f"linear/groups/{isa}", "linear", needs, "16-row blocks of 8, 4, 3 or 2 bits", grouped.refuses,
-               _pack_grouped, partial(_run_grouped, number)),
+               _pack_grouped, partial(_run_grouped, number), _unpack_grouped, _group_qparams),
         Kernel(f"conv/{isa}", "conv", needs, "16-row blocks of 8 bits", _native_integers,
-               _pack_conv, partial(_run_native_conv, number), partial(images.convolve, number)),
+               _pack_conv, partial(_run_native_conv, number), _unpack_conv, _output_qparams,
+               run_images=partial(images.convolve, number)),
     ]  # fmt: skip
 
 
@@ -151,9 +194,11 @@ def _decoding_row(isa: str) -> Kernel:
     needs = frozenset({"native"} if isa == "portable" else {"native", isa})
     layout = "16-row blocks of 8, 4, 3 or 2 bits"
     return Kernel(f"linear/decode/{isa}", "linear", needs, layout, _decodable, _pack_decoded,
-                  partial(_run_decoded, cpu.ISA[isa]))  # fmt: skip
+                  partial(_run_decoded, cpu.ISA[isa]), _unpack_decoded, _decoded_qparams)  # fmt: skip
 
 
 INTEGER_ROWS = tuple(row for isa in _ISAS for row in _native_rows(isa))
 DECODING_ROWS = tuple(_decoding_row(isa) for isa in _ISAS)
-ADD_ROW = Kernel("add/native", "add", frozenset({"native"}), "", anything, pack_codes, _native_add, images.add)
+ADD_ROW = Kernel(
+    "add/native", "add", frozenset({"native"}), "", anything, pack_codes, _native_add, run_images=images.add
+)

@@ -10,8 +10,19 @@ from torch.nn import functional as F
 
 from bitwright.kernels import reference
 from bitwright.kernels.reference import Codes, Geometry, codes_of, largest_code, row_qparams
-from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
+from bitwright.kernels.row import (
+    Activation,
+    Kernel,
+    Packed,
+    anything,
+    decoded_input,
+    held_codes,
+    integers_only,
+    pack_codes,
+)
 from bitwright.numerics.affine import decode
+from bitwright.numerics.packing import unpack
+from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QParams, QuantSpec
 
 Product = Callable[..., Tensor]
@@ -28,11 +39,11 @@ def _codes(x: Tensor, input: Activation) -> Codes:
 
 
 def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
-    return Codes(packed.layout.float(), packed.scale, largest_code(weight))
+    return Codes(held_codes(packed, weight).float(), packed.scale, largest_code(weight))
 
 
 def _decoded_weight(packed: Packed, weight: QuantSpec) -> Tensor:
-    return decode(packed.layout, weight, QParams(packed.scale, packed.zero_point, packed.codebook))
+    return decode(held_codes(packed, weight), weight, QParams(packed.scale, packed.zero_point, packed.codebook))
 
 
 def _integer_linear(x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation) -> Tensor:
@@ -76,10 +87,20 @@ def _as_2d(filters: Tensor) -> Tensor:
     return filters.unsqueeze(2) if filters.dim() == 3 else filters
 
 
+def _pack_rows(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
+    qparams, columns = weight.qparams, weight.packed.new_empty(weight.shape[1], 0)  # its shape says what padding hides
+    return Packed(weight.packed, qparams.scale, qparams.zero_point, columns, qparams.codebook)
+
+
+def _packed_rows(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    return packed.layout
+
+
 def _gather(ids: Tensor, packed: Packed, weight: QuantSpec) -> Tensor:
+    assert packed.sums is not None
     qparams = row_qparams(QParams(packed.scale, packed.zero_point, packed.codebook), weight, ids.flatten())
-    rows = F.embedding(ids.flatten(), packed.layout)
-    return decode(rows, weight, qparams).view(*ids.shape, packed.layout.shape[1])
+    rows = unpack(F.embedding(ids.flatten(), packed.layout), weight.format, len(packed.sums))
+    return decode(rows, weight, qparams).view(*ids.shape, len(packed.sums))
 
 
 def _reference_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Tensor:
@@ -108,7 +129,7 @@ INTEGER_ROWS = (
 DECODING_ROWS = (
     Kernel("linear/decode", "linear", _NONE, "one byte per code", anything, pack_codes, _decoding_linear),
     Kernel("conv/decode", "conv", _NONE, "one byte per code", anything, pack_codes, _decoding_conv),
-    Kernel("embedding/gather", "embedding", _NONE, "one byte per code", anything, pack_codes, _gather),
+    Kernel("embedding/gather", "embedding", _NONE, "rows as in files", anything, _pack_rows, _gather, _packed_rows),
 )
 OPERATION_ROWS = (
     Kernel("add/reference", "add", _NONE, "", anything, pack_codes, _reference_add),

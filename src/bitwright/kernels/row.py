@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.kernels.reference import codes_of, not_integers
 from bitwright.numerics.affine import simulate
-from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.qtensor import QTensor, pack_rows
 from bitwright.numerics.spec import QParams, QuantSpec
 
 
@@ -32,17 +32,54 @@ class Activation(NamedTuple):
     qparams: QParams | None
 
 
+def pack_codes(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
+    """One byte per code (two for 16 bits, four for uint16, which few operators of torch take); float32 scales.
+
+    Floats of 8 and 16 bits are held as their bytes, which no change of a layer's type touches.
+    """
+    fmt, qparams = weight.spec.format, weight.qparams
+    if fmt.dtype is not None:
+        layout = weight.packed.reshape(*weight.shape[:-1], -1)
+    else:
+        wide, signed = fmt.is_integer and fmt.bits > 8, fmt.qmin < 0
+        dtype = (torch.int16 if signed else torch.int32) if wide else torch.int8 if signed else torch.uint8
+        layout = weight.codes.to(dtype)
+    return Packed(layout, qparams.scale, qparams.zero_point, codebook=qparams.codebook)
+
+
+def held_codes(packed: Packed, spec: QuantSpec) -> Tensor:
+    """The codes that `pack_codes` laid out, in the weight's shape."""
+    return packed.layout if spec.format.dtype is None else packed.layout.view(spec.format.dtype)
+
+
+def unpack_codes(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    """The packed bytes of a weight that `pack_codes` laid out."""
+    return packed.layout.flatten(1) if spec.format.dtype is not None else pack_rows(packed.layout, spec)
+
+
+def held_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    """Scale, zero point and table of rows that hold them as they are stored."""
+    return QParams(packed.scale, packed.zero_point, packed.codebook)
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One row: ``refuses`` says why it cannot serve a pair of specs (empty = it can), ``requires`` device features."""
+    """One row: ``refuses`` says why it cannot serve a pair of specs (empty = it can), ``requires`` device features.
+
+    ``pack`` lays out a weight, given the groups of a convolution and the spec of the input. ``unpack`` and ``qparams``
+    are its inverse: the packed bytes (`numerics.packing`), and scale, zero point and table as they are stored. So a
+    layer needs no other copy of its weight than the constants of its row.
+    """
 
     name: str
     op: str
     requires: frozenset[str]
     layout: str
     refuses: Callable[[QuantSpec, QuantSpec | None, tuple[int, ...]], str]
-    pack: Callable[[QTensor, int], Packed]
+    pack: Callable[..., Packed]
     run: Callable[..., Tensor]
+    unpack: Callable[[Packed, QuantSpec, tuple[int, ...], int], Tensor] = unpack_codes
+    qparams: Callable[[Packed, QuantSpec, tuple[int, ...]], QParams] = held_qparams
     run_images: Callable[..., Tensor] | None = None  # the same from and to bytes, see `images`
 
 
@@ -66,12 +103,3 @@ def decoded_input(x: Tensor, input: Activation | None) -> Tensor:
         return simulate(x, input.spec, input.qparams)
     codes = codes_of(x, *input)
     return codes.values * codes.scale
-
-
-def pack_codes(weight: QTensor, groups: int) -> Packed:
-    """One byte per code (two for 16 bits, four for uint16, which few operators of torch take); float32 scales."""
-    fmt, qparams = weight.spec.format, weight.qparams
-    dtype = fmt.dtype or (torch.int8 if fmt.qmin < 0 else torch.uint8)
-    if fmt.is_integer and fmt.bits > 8:
-        dtype = torch.int16 if fmt.qmin < 0 else torch.int32
-    return Packed(weight.codes.to(dtype), qparams.scale, qparams.zero_point, codebook=qparams.codebook)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.numerics.formats import Format
+from bitwright.numerics.packing import pack
 from bitwright.numerics.qtensor import QTensor
+from bitwright.numerics.spec import QuantSpec
 
 BASE_3 = 0
 """Stands for the width of ternary codes."""
@@ -65,7 +67,40 @@ def pack_rows(weight: QTensor) -> Tensor:
     return lay_out(codes, width_of(fmt))
 
 
+def codes_of(layout: Tensor, bits: int, k: int) -> Tensor:
+    """The codes ``[n, k]`` that `lay_out` laid out, uint8.
+
+    >>> codes_of(lay_out(torch.tensor([[1, 2, 7, 0, 5]], dtype=torch.uint8), 3), 3, 5).tolist()
+    [[1, 2, 7, 0, 5]]
+    """
+    if bits == BASE_3:
+        weights = torch.tensor(_TRITS, dtype=torch.uint8, device=layout.device).unsqueeze(1)
+        return (layout.unflatten(1, (-1, 1, 8)) // weights % 3).flatten(1)[:, :k]
+    units, taken = layout.unflatten(1, (-1, 4 * bits)), 0
+    codes = torch.zeros(*units.shape[:2], 32, dtype=torch.uint8, device=layout.device)
+    for width in (w for w in (8, 4, 2, 1) if bits & w):
+        part = units[:, :, 4 * taken : 4 * (taken + width)].unsqueeze(2)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=layout.device).unsqueeze(1)
+        codes |= ((part >> shifts) & ((1 << width) - 1)).flatten(2) << taken
+        taken += width
+    return codes.flatten(1)[:, :k]
+
+
+def unpack_rows(layout: Tensor, spec: QuantSpec, k: int) -> Tensor:
+    """The packed bytes (`numerics.packing`) of a weight that `pack_rows` laid out."""
+    fmt = spec.format
+    codes = codes_of(layout, width_of(fmt), k)
+    return codes if fmt.dtype is not None else pack(codes.to(torch.int16) + fmt.qmin, fmt)
+
+
 def by_group(values: Tensor, n: int) -> Tensor:
     """Scales or zero points ``[1]``, ``[n, 1]`` or ``[n, groups]`` as float32 ``[groups, n]``."""
     rows = values.reshape(1, 1).expand(n, 1) if values.numel() == 1 else values.reshape(n, -1)
     return rows.float().t().contiguous()
+
+
+def from_groups(values: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """Scales or zero points in the shape that the spec gives them, the inverse of `by_group`."""
+    rows = values.t()
+    rows = rows[0] if spec.granularity.kind == "tensor" else rows
+    return rows.reshape(spec.granularity.scale_shape(shape)).contiguous()

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import KernelError
+from bitwright.kernels.operators import register
 from bitwright.kernels.row import Activation, Kernel, Packed, decoded_input, integers_only
-from bitwright.kernels.triton_layout import by_group, pack_rows, row_bytes, width_of
+from bitwright.kernels.triton_layout import by_group, from_groups, pack_rows, row_bytes, unpack_rows, width_of
 from bitwright.numerics.affine import live_qparams
 from bitwright.numerics.formats import Format
 from bitwright.numerics.qtensor import QTensor
-from bitwright.numerics.spec import QuantSpec
+from bitwright.numerics.spec import QParams, QuantSpec
 
 _LARGEST_K = 65536  # int32 accumulators hold that many products of a byte with a signed byte
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,13 +50,13 @@ def _size(weight: QuantSpec, shape: tuple[int, ...]) -> int:
     return weight.granularity.size if weight.granularity.kind == "group" else shape[1]
 
 
-def _pack_integers(weight: QTensor, groups: int) -> Packed:
+def _pack_integers(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
     scale = by_group(weight.qparams.scale, len(weight.packed))
     sums = weight.codes.unflatten(1, (len(scale), -1)).sum(-1, dtype=torch.int32)
     return Packed(pack_rows(weight), scale, sums=sums.t().contiguous())
 
 
-def _pack_decoded(weight: QTensor, groups: int) -> Packed:
+def _pack_decoded(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
     n, (scale, zero_point, codebook) = len(weight.packed), _parts(weight)
     zeros = None if zero_point is None else by_group(zero_point, n)
     return Packed(pack_rows(weight), by_group(scale, n), zeros, codebook=codebook)
@@ -70,6 +71,18 @@ def _parts(weight: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         else qparams.codebook
     )
     return qparams.scale, qparams.zero_point, table
+
+
+def _unpacked(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    return unpack_rows(packed.layout, spec, shape[1])
+
+
+def _qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
+    scale, zeros = (
+        None if part is None else from_groups(part, spec, shape) for part in (packed.scale, packed.zero_point)
+    )
+    assert scale is not None
+    return QParams(scale, zeros, packed.codebook if spec.format.fit else None)
 
 
 def _run_integers(x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation) -> Tensor:
@@ -163,27 +176,24 @@ def _check(x: Tensor, layout: Tensor, bits: int, others: dict[str, Tensor | None
             )
 
 
-_LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
-_OPERATORS = [
-    (
-        "triton_integer_linear(Tensor x, Tensor layout, Tensor scale, Tensor sums, Tensor? bias, Tensor? x_scale, "
-        "Tensor? x_zero, int bits, int lowest, int qmin, int qmax, bool symmetric) -> Tensor",
-        _integer_linear,
-        _integer_shape,
-    ),
-    (
-        "triton_decoded_linear(Tensor x, Tensor layout, Tensor scale, Tensor? zero_point, Tensor? table, "
-        "Tensor? bias, int bits, str kind, int lowest) -> Tensor",
-        _decoded_linear,
-        _decoded_shape,
-    ),
-]
-for _schema, _run, _shape in _OPERATORS:
-    _name = _LIBRARY.define(_schema)
-    for _key in ("CPU", "CUDA"):  # on the CPU the interpreter
-        _LIBRARY.impl(_name, _run, _key)
-    torch.library.register_fake(f"bitwright::{_name}", _shape, lib=_LIBRARY)
+_KEYS = ("CPU", "CUDA")  # on the CPU the interpreter
+register(
+    "triton_integer_linear(Tensor x, Tensor layout, Tensor scale, Tensor sums, Tensor? bias, Tensor? x_scale, "
+    "Tensor? x_zero, int bits, int lowest, int qmin, int qmax, bool symmetric) -> Tensor",
+    _integer_linear,
+    _integer_shape,
+    _KEYS,
+)
+register(
+    "triton_decoded_linear(Tensor x, Tensor layout, Tensor scale, Tensor? zero_point, Tensor? table, "
+    "Tensor? bias, int bits, str kind, int lowest) -> Tensor",
+    _decoded_linear,
+    _decoded_shape,
+    _KEYS,
+)
 
 _NEEDS = frozenset({"cuda", "triton"})
-INTEGER_ROW = Kernel("linear/triton", "linear", _NEEDS, _LAYOUT, _no_integers, _pack_integers, _run_integers)
-DECODING_ROW = Kernel("linear/decode/triton", "linear", _NEEDS, _LAYOUT, _not_decodable, _pack_decoded, _run_decoded)
+INTEGER_ROW = Kernel("linear/triton", "linear", _NEEDS, _LAYOUT, _no_integers, _pack_integers, _run_integers,
+                     _unpacked, _qparams)  # fmt: skip
+DECODING_ROW = Kernel("linear/decode/triton", "linear", _NEEDS, _LAYOUT, _not_decodable, _pack_decoded, _run_decoded,
+                      _unpacked, _qparams)  # fmt: skip

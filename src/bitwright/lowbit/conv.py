@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,11 +41,9 @@ class LowbitConv(LowbitLayer):
         super().__init__(weight, bias, input, features)
         self.asked: set[Request] = set()
 
-    def lay_out(self) -> None:
-        """Derive the kernel's own constants, and the numbers that encode the input."""
-        super().lay_out()
-        images = self.kernel.run_images is not None and self.spatial == 2 and self.prepad is None
-        self.encoding = encoding_of(self.input) if images else None
+    def lay_out(self, weight: QTensor, *, copied: bool = False) -> None:
+        """Hold another weight, and gather what its kernel reads."""
+        super().lay_out(weight, copied=copied)
         self._gather()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -53,9 +51,18 @@ class LowbitConv(LowbitLayer):
         self._gather()
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._gather()
+
     def _gather(self) -> None:
-        encoding, g = self.encoding, self.geometry
-        self.filters = None if encoding is None else filters_of(self.constants, self.bias, encoding, g)
+        """Constants and the encoding of the input as the kernel for images takes them; None where it cannot serve."""
+        self.encoding, self.filters = None, None
+        images = self.kernel.run_images is not None and self.spatial == 2 and self.prepad is None
+        if images and not self.kernel_layout.is_meta:
+            self.encoding = encoding_of(self.input)
+        if self.encoding is not None:
+            self.filters = filters_of(self.constants, self.bias, self.encoding, self.geometry)
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, float32; 2-d outputs are in channels-last memory and may be a `Deferred`."""

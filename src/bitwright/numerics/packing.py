@@ -33,9 +33,13 @@ def pack(codes: Tensor, fmt: Format) -> Tensor:
     unsigned = (codes.to(torch.int16) - fmt.qmin).to(torch.uint8)
     if fmt.bits == 8:
         return unsigned
-    if fmt.name == "ternary":
-        digits = F.pad(unsigned, (0, -unsigned.shape[-1] % 5)).unflatten(-1, (-1, 5))
-        return (digits * torch.tensor(_TRITS, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8)
+    if fmt.name == "ternary" or 8 % fmt.bits == 0:
+        factors = _factors(fmt)
+        fields = F.pad(unsigned, (0, -unsigned.shape[-1] % len(factors))).unflatten(-1, (-1, len(factors)))
+        packed = fields[..., 0].clone()
+        for place, factor in enumerate(factors[1:], 1):
+            packed += fields[..., place] * factor
+        return packed
     bits = (unsigned.unsqueeze(-1) >> torch.arange(fmt.bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = bits.flatten(-2)
     stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -59,6 +63,15 @@ def unpack(packed: Tensor, fmt: Format, count: int) -> Tensor:
     if fmt.name == "ternary":
         digits = (packed.unsqueeze(-1) // torch.tensor(_TRITS, dtype=torch.uint8, device=packed.device)) % 3
         return digits.flatten(-2)[..., :count].to(torch.int16) + fmt.qmin
+    if 8 % fmt.bits == 0:
+        shifts = torch.arange(0, 8, fmt.bits, dtype=torch.uint8, device=packed.device)
+        fields = (packed.unsqueeze(-1) >> shifts) & ((1 << fmt.bits) - 1)
+        return fields.flatten(-2)[..., :count].to(torch.int16) + fmt.qmin
     bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     codes = bits.flatten(-2)[..., : count * fmt.bits].unflatten(-1, (count, fmt.bits))
     return (codes << torch.arange(fmt.bits, dtype=torch.uint8, device=packed.device)).sum(-1).to(torch.int16) + fmt.qmin
+
+
+def _factors(fmt: Format) -> tuple[int, ...]:
+    """What the codes that share a byte are multiplied with, where codes end with bytes."""
+    return _TRITS if fmt.name == "ternary" else tuple(1 << place for place in range(0, 8, fmt.bits))
