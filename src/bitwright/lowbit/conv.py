@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.kernels.cpu import conv2d_sizes
@@ -40,6 +40,7 @@ class LowbitConv(LowbitLayer):
         self.geometry, self.prepad, self.spatial = geometry, prepad, len(weight.shape) - 2
         super().__init__(weight, bias, input, features)
         self.asked: set[Request] = set()
+        self.register_load_state_dict_post_hook(_gather_again)
 
     def lay_out(self, weight: QTensor, *, copied: bool = False) -> None:
         """Hold another weight, and gather what its kernel reads."""
@@ -50,10 +51,6 @@ class LowbitConv(LowbitLayer):
         super()._apply(fn, recurse)
         self._gather()
         return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._gather()
 
     def _gather(self) -> None:
         """Constants and the encoding of the input as the kernel for images takes them; None where it cannot serve."""
@@ -68,7 +65,7 @@ class LowbitConv(LowbitLayer):
         """The layer's output, float32; 2-d outputs are in channels-last memory and may be a `Deferred`."""
         if self.filters is not None and may_wait(input) and sizes_of(input)[1] == self.shape[1] * self.groups:
             return self._deferred(input)
-        input = ordinary(input) if type(input) is Deferred else input
+        input = ordinary(input)
         if self.prepad is not None:
             input = F.pad(input, self.prepad[0], mode=self.prepad[1])
         batched = input.dim() == self.spatial + 2
@@ -85,3 +82,8 @@ class LowbitConv(LowbitLayer):
         sizes = conv2d_sizes(shape, self.shape[0], g.kernel_size, g.stride, g.padding, g.dilation)
         image = bytes_of(input, self.encoding)
         return Deferred(Call(partial(self.kernel.run_images, self.filters, image, shape, sizes), self.asked), sizes)
+
+
+def _gather_again(layer: nn.Module, incompatible: object) -> None:
+    assert isinstance(layer, LowbitConv)
+    layer._gather()

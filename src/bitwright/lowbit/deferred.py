@@ -10,7 +10,7 @@ the model's Python code does in between: only speed depends on it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class Deferred(Tensor):
     value: Tensor | None
 
     @staticmethod
-    def __new__(cls, call: Call, shape: tuple[int, ...], bounds: tuple[float, float] = _UNBOUNDED) -> Self:
+    def __new__(cls, call: Call, shape: tuple[int, ...], bounds: tuple[float, float] = _UNBOUNDED) -> Deferred:
         """A tensor of a shape without memory; see `settled`."""
         _, c, h, w = shape
         strides = (c * h * w, 1, w * c, c)
@@ -121,7 +121,7 @@ class Deferred(Tensor):
 
 def may_wait(x: Tensor) -> bool:
     """Whether a result of this input can be deferred: images on the CPU, outside of compiled and traced code."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if type(x) is Deferred:
         return True
@@ -138,10 +138,12 @@ def bytes_of(x: Tensor, encoding: Encoding) -> Tensor:
     return x.bytes(encoding) if isinstance(x, Deferred) else images.encode(x, Request(encoding, *_UNBOUNDED))
 
 
-@torch.compiler.disable
 def ordinary(x: Tensor) -> Tensor:
     """A deferred tensor's ordinary one, in front of compiled code too; any other tensor as it is."""
-    return x.settled() if isinstance(x, Deferred) else x
+    return _outside_of_graphs(x) if isinstance(x, Deferred) else x
+
+
+_outside_of_graphs: Any = torch.compiler.disable(Deferred.settled)
 
 
 def settle(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitwright.kernels import table
 from bitwright.kernels.device import device_features
-from bitwright.kernels.images import Encoding, Request, encoding_of
+from bitwright.kernels.images import Request, encoding_of
 from bitwright.kernels.row import Activation
 from bitwright.lowbit.deferred import Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
 from bitwright.numerics.spec import QParams
@@ -57,18 +57,13 @@ class LowbitAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Sum of two tensors of one shape, float32; of images that other layers deferred a `Deferred`."""
-        if type(a) is Deferred or type(b) is Deferred:
-            if self.kernel.run_images is not None and sizes_of(a) == sizes_of(b) and may_wait(a) and may_wait(b):
-                left, right = (encoding_of(input) for input in self.inputs)
-                if left is not None and right is not None:
-                    return self._deferred(a, b, left, right)
-            a, b = ordinary(a), ordinary(b)
-        return self.kernel.run(a, b, *self.inputs)
-
-    def _deferred(self, a: Tensor, b: Tensor, left: Encoding, right: Encoding) -> Tensor:
-        shape = sizes_of(a)
-        produce = partial(self.kernel.run_images, bytes_of(a, left), bytes_of(b, right), shape, left, right)
-        return Deferred(Call(produce, self.asked), shape)
+        if (type(a) is Deferred or type(b) is Deferred) and may_wait(a) and may_wait(b) and sizes_of(a) == sizes_of(b):
+            left, right = (encoding_of(input) for input in self.inputs)
+            if self.kernel.run_images is not None and left is not None and right is not None:
+                sides = bytes_of(a, left), bytes_of(b, right)
+                produce = partial(self.kernel.run_images, *sides, sizes_of(a), left, right)
+                return Deferred(Call(produce, self.asked), sizes_of(a))
+        return self.kernel.run(ordinary(a), ordinary(b), *self.inputs)
 
     def extra_repr(self) -> str:
         """Specs and kernel, for ``print(model)``."""
