@@ -314,3 +314,12 @@ def test_the_process_is_as_large_as_accounted(weight: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["resident"] <= 1.01 * found["accounted"] + 2**19
+
+
+def test_layers_made_in_inference_mode() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(3, 8)
+    prepared = calibrated(model, Plan.preset("w8a8", model, x), [x])
+    with torch.inference_mode():
+        shipped = convert(prepared)
+        shipped.load_state_dict(shipped.state_dict())
+        assert torch.equal(shipped(x), prepared.eval()(x))

@@ -27,6 +27,8 @@ class Shared:
         known = _alive(self._known.get(key))
         if known is None:
             known = list(make())
+            if any(part is not None and part.is_inference() for part in known):
+                return known  # nobody counts how often those are written to, so they are not shared
             self._known[key] = [None if part is None else (weakref.ref(part), part._version) for part in known]
         return known
 
@@ -57,5 +59,7 @@ def shared_by(packed: Tensor, others: Sequence[Tensor]) -> Shared:
         if same and all(torch.equal(a, b) for a, b in zip(seen, others, strict=True)):
             return found
     found = Shared()
+    if packed.is_inference():
+        return found
     _BY_SOURCE[packed] = (packed._version, [part.clone() for part in others], found)
     return found
