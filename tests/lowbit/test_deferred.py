@@ -165,3 +165,11 @@ def test_bytes_are_codes(
     codes = encode(x.clamp(low, high), known, qparams).permute(0, 2, 3, 1)
     shift = 128 if encoding.qmin < 0 else 0
     assert torch.equal(found[..., :c].to(torch.int16) - shift, codes.to(torch.int16))
+
+
+def test_a_gradient_that_ends_here_is_not_silent() -> None:
+    torch.manual_seed(0)
+    x = images_of(1, 1, 3, 6, 6)
+    _, shipped = both(Net(F.relu), x)
+    with pytest.warns(UserWarning, match=r"bitwright::conv2d: an autograd kernel was not registered"):
+        shipped(x.requires_grad_()).sum().backward()

@@ -125,6 +125,8 @@ def may_wait(x: Tensor) -> bool:
         return False
     if type(x) is Deferred:
         return True
+    if x.requires_grad and torch.is_grad_enabled():
+        return False  # torch warns that the operator has none
     return type(x) is Tensor and x.dim() == 4 and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
