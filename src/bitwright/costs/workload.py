@@ -23,6 +23,7 @@ from bitwright.flow.convert import convert
 from bitwright.flow.digest import digest
 from bitwright.flow.prepare import prepare
 from bitwright.graph.dataflow import call, evaluating, record
+from bitwright.lowbit.deferred import settle
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import DEFAULT_RANGES, Plan
@@ -71,7 +72,7 @@ class Workload:
                 raise SearchError(f"{path} is no module of the shipped model: give its sites a spec in the plan first")
 
         def note(path: str) -> Any:
-            return lambda module, args, kwargs: found[path].append(Call(args, kwargs))
+            return lambda module, args, kwargs: found[path].append(Call(*settle((args, kwargs))))
 
         hooks = [modules[path].register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
         try:
