@@ -255,6 +255,8 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         function = getattr(cpu_native, name)
+        if isinstance(function, type):
+            return function
 
         def call(*arguments: object) -> object:
             if name in ("linear", "conv2d", "grouped_linear", "decoded_linear"):

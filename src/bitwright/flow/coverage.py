@@ -38,9 +38,16 @@ class _Once:
         return sum(part.nbytes for part in tensors if part is not None and self._new(part.data_ptr()))
 
     def weight(self, layer: LowbitLayer) -> int:
-        """What is computed for files from a layer's constants."""
-        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in layer.stored_as.values())
-        return sum(sizes) if self._new(layer.shared) else 0
+        """What is computed for files from a layer's constants; what it holds as it is stored may be others' too."""
+        if not self._new(layer.shared):
+            return 0
+        held = {part.data_ptr() for part in layer.constants if part is not None}
+        total = 0
+        for name, (shape, dtype) in layer.stored_as.items():
+            part = None if name == "packed" else getattr(layer, name)
+            shared = part is not None and part.data_ptr() in held
+            total += self(part) if shared else math.prod(shape) * dtype.itemsize
+        return total
 
     def _new(self, key: object) -> bool:
         new = key not in self._seen
