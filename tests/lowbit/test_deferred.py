@@ -62,6 +62,7 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: x,
     "relu": F.relu,
     "relu in place": lambda x: F.relu(x, inplace=True),
+    "relu by name": lambda x: torch.relu(input=x),
     "relu twice": lambda x: torch.relu_(torch.relu(x)),
     "relu6": F.relu6,
     "hardtanh": lambda x: F.hardtanh(x, -0.25, 0.5),

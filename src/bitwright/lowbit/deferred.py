@@ -109,7 +109,7 @@ class Deferred(Tensor):
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _BOUNDS and isinstance(args[0], Deferred):
+        if func in _BOUNDS and args and isinstance(args[0], Deferred):
             return _BOUNDS[func](*args, **kwargs)
         return func(*settle(args), **settle(kwargs))
 
