@@ -10,19 +10,29 @@
 
 namespace bitwright {
 
+// Holds every accumulator in its register: across loops and branches GCC 12 else keeps two copies, or moves them to
+// memory and back.
+template <class S, int ROWS, int BLOCKS>
+BW_INLINE void pin(typename S::I (&acc)[BLOCKS][ROWS]) {
+    BW_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) {
+        BW_UNROLL
+        for (int r = 0; r < ROWS; ++r) S::pin(acc[b][r]);
+    }
+}
+
 // What the sums of a scale group start from: constant - zero * w_sum.
 template <class S, int ROWS, int BLOCKS>
 BW_INLINE void start_group(const Gemm& g, int64_t row, int64_t block, int64_t group,
                            typename S::I (&acc)[BLOCKS][ROWS]) {
     const int32_t* constants = g.constants + group * g.constants_stride + row;
-    if (!g.shifted) {
+    BW_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
         BW_UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            BW_UNROLL
-            for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::set_int(constants[r]);
-        }
-        return;
+        for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::set_int(constants[r]);
     }
+    pin<S>(acc);
+    if (!g.shifted) return;
     BW_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
         const typename S::I sum = S::load_int(g.w_sum + ((block + b) * g.scale_groups + group) * kLanes);
@@ -30,9 +40,10 @@ BW_INLINE void start_group(const Gemm& g, int64_t row, int64_t block, int64_t gr
         BW_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             if (r > 0 && !g.one_zero) shift = S::mul_int(S::set_int(g.terms[row + r].zero), sum);
-            acc[b][r] = S::sub_int(S::set_int(constants[r]), shift);
+            acc[b][r] = S::sub_int(acc[b][r], shift);
         }
     }
+    pin<S>(acc);
 }
 
 // y = total * scale + bias, one rounding per operation.
@@ -70,7 +81,9 @@ void grouped_tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
             unit_products<S, BITS, ROWS, BLOCKS>(w, block_bytes, x, stride, acc, ahead);
             x.advance(Unit<BITS>::kInputs);
             w += Unit<BITS>::kBytes;
+            pin<S>(acc);
         }
+        pin<S>(acc);
         float* total = totals;
         BW_OPAQUE(total);  // or the sums would take the registers of the accumulators
         BW_UNROLL

@@ -67,6 +67,7 @@ struct Avx2 {
     static BW_INLINE I round(F a) { return {round_half(a.lo), round_half(a.hi)}; }
     static BW_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
+    static BW_INLINE void pin(I&) {}
     static BW_INLINE I set_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
     static BW_INLINE I load_int(const int32_t* p) { return {load_half(p), load_half(p + 8)}; }
     static BW_INLINE void store_int(int32_t* p, I v) {

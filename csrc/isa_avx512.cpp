@@ -47,6 +47,7 @@ struct Avx512 {
     }
     static BW_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 
+    static BW_INLINE void pin(I& a) { BW_PIN(a); }
     static BW_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
     static BW_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
     static BW_INLINE void store_int(int32_t* p, I v) { _mm512_storeu_si512(p, v); }

@@ -87,6 +87,7 @@ struct Neon {
         return each<F>([&](int i) { return vcvtq_f32_s32(a.v[i]); });
     }
 
+    static BW_INLINE void pin(I&) {}
     static BW_INLINE I set_int(int32_t v) {
         return each<I>([=](int) { return vdupq_n_s32(v); });
     }

@@ -92,6 +92,7 @@ struct Portable {
     // 32-bit arithmetic wraps in the vector files; unsigned numbers say the same without undefined behaviour.
     static BW_INLINE int32_t wrap(uint32_t v) { return static_cast<int32_t>(v); }
     static BW_INLINE uint32_t bits(int32_t v) { return static_cast<uint32_t>(v); }
+    static BW_INLINE void pin(I&) {}
     static BW_INLINE I set_int(int32_t v) {
         return each<I>([=](int) { return v; });
     }

@@ -30,6 +30,13 @@
 #define BW_UNROLL
 #endif
 
+// BW_PIN makes the compiler hold a vector in one register at that point.
+#if defined(__GNUC__) && defined(__x86_64__)
+#define BW_PIN(vector) __asm__("" : "+v"(vector))
+#else
+#define BW_PIN(vector) (void)0
+#endif
+
 // BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_PREFETCH
 // requests a line for the second-level cache.
 #if defined(__GNUC__) || defined(__clang__)
