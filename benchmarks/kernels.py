@@ -6,17 +6,19 @@ its time (median and 10th to 90th percentile over rounds), bytes of weights per 
 what a plain sum over a buffer of the same size reads in the same round; error of the product, relative to float32's.
 Before each time is taken threads of the one before have gone to sleep, and one call is not counted.
 Peers (peers.py) that are not installed are named and left out. Versions of all are printed and stored.
-Writes results/kernels.json after every shape; ``--tiny`` only shows that everything runs.
+Writes results/kernels.json after every number of rows, and keeps what it holds of other shapes; ``--tiny`` only shows
+that everything runs.
 
     pip install onnxruntime onnx openvino
     CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install llama-cpp-python  # builds for this CPU, ten minutes of one core
-    python benchmarks/kernels.py [--rounds 15] [--threads 2] [--tiny]
+    python benchmarks/kernels.py [--rounds 15] [--threads 2] [--shapes 4096x4096] [--tiny]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import time
 import warnings
@@ -34,14 +36,14 @@ from bitwright.numerics.affine import live_qparams
 from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QuantSpec
 from peers import GROUPS, Contender, contender, missing, peers, timed, versions
-from results import write
+from results import FOLDER, write
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 ROWS = (1, 8, 64, 512)
 FORMATS = ("int8", "int4", "int3", "int2", "ternary")
 INPUTS = {"static": "uint8/asym", "dynamic": "int8/token/dynamic", "float": None}
 FEW = 8  # so many rows are limited by memory
-PATIENCE = 3.0  # seconds; who needs longer for one call is left out
+PATIENCE = 1.0  # seconds; who needs longer for one call is left out
 SETTLE = 0.02  # seconds in which threads that wait for work by spinning give up
 
 
@@ -55,6 +57,8 @@ def ours(weight: Tensor, x: Tensor, cold: int) -> Iterator[Contender]:
     """Rows of the kernel table: each format with each kind of input, per channel and per group."""
     kinds = ["channel", *(f"group{size}" for size in GROUPS if weight.shape[1] % size == 0)]
     for fmt, kind, (how, text) in itertools.product(FORMATS, kinds, INPUTS.items()):
+        if how == "static" and kind != "channel":
+            continue  # as fast as with a scale per row
         spec, input = QuantSpec.parse(f"{fmt}/{kind}"), None if text is None else QuantSpec.parse(text)
         kernel = select("linear", spec, input, tuple(weight.shape), cpu_features())
         qparams = None if input is None or input.dynamic else live_qparams(x, input)
@@ -127,16 +131,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="outputs x inputs")
     parser.add_argument("--tiny", action="store_true", help="small shapes, one round, writes nothing")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*", category=UserWarning, module="torch")
-    shapes, rounds, least, cold = SHAPES, options.rounds, 0.02, 2 * last_level_cache()
+    shapes = [tuple(int(part) for part in shape.split("x")) for shape in options.shapes]
+    rounds, least, cold = options.rounds, 0.02, 2 * last_level_cache()
     if options.tiny:
-        shapes, rounds, least, cold = ((64, 256), (96, 512)), 1, 0.0, 1 << 16
-    results: dict[str, object] = {"versions": versions()}
+        shapes, rounds, least, cold = [(64, 256), (96, 512)], 1, 0.0, 1 << 16
+    path = FOLDER / "kernels.json"
+    stored: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+    results = stored | {"versions": versions()}
     print(*(f"{name} {version}" for name, version in versions().items()), sep=", ")
     for package in missing():
         print(f"left out: {package} is not installed")

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 GROUPS = (32, 128)
 PACKAGES = {"torch": "torch", "llama_cpp": "llama-cpp-python", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+SILENCE = ctypes.CFUNCTYPE(None, c_int, c_char_p, pointer)(lambda level, text, data: None)
 GGML_TYPES = {"Q8_0": 8, "Q4_0": 2, "Q4_K": 12, "Q3_K": 11, "Q2_K": 10, "TQ2_0": 35, "TQ1_0": 34}
 Call = Callable[[Tensor], Tensor]
 
@@ -174,6 +175,7 @@ class Ggml:
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self.lib, name)
             function.restype, function.argtypes = result, arguments
+        self.lib.ggml_log_set(SILENCE, None)
         self.version = self.lib.ggml_version().decode()
         self.backend = self.lib.ggml_backend_cpu_init()
         self.lib.ggml_backend_cpu_set_n_threads(self.backend, threads)
