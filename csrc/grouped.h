@@ -83,7 +83,7 @@ void grouped_tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
             w += Unit<BITS>::kBytes;
             pin<S>(acc);
         }
-        pin<S>(acc);
+        pin<S>(acc);  // what follows must not ask for copies either
         float* total = totals;
         BW_OPAQUE(total);  // or the sums would take the registers of the accumulators
         BW_UNROLL
