@@ -2,8 +2,7 @@
 
 Every run starts from the same float model, sees the same 20,000 JPEG training images for 3 epochs (batch 128, flips and
 shifts) and is distilled from the float start; the control does the same without quantizers. The first convolution and
-the classifier have 8 bits, residual adds too; QAT has no weight decay (LSQ, Esser 2020, section 3.1, lowers it with the
-bits), the control 1e-4. Calibration: 512 training images; validation (chooses the kept state):
+the classifier have 8 bits, residual adds too. Calibration: 512 training images; validation (chooses the kept state):
 2,000 others; the 10,000 test images are read once per run, after training. Drops are paired with the control of one
 seed. Writes results/qat_resnet20.json after every run and continues from it.
 
@@ -123,13 +122,11 @@ def run(setting: str, images: Images, data: list[Batch], options: argparse.Names
         model = train_float(copy.deepcopy(images.teacher), loss, data, options.lr)
     else:
         prepared = simulated(images.teacher, setting, images.calibration)
-        schedule = bw.Schedule(steps=len(data), lr=options.lr, shares=tuple(options.shares))
         history = bw.train(
             prepared,
             loss,
             data,
-            schedule=schedule,
-            optimizer=schedule.optimizer(prepared, weight_decay=0.0),
+            schedule=bw.Schedule(steps=len(data), lr=options.lr, shares=tuple(options.shares)),
             score=lambda m: bw.item_scores(m, images.validation),
             on_step=lambda step, value: print(f"\r{step} {value:.3f}", end="", flush=True),
         )
