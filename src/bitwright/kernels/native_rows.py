@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import cpu, decoded, grouped, images
+from bitwright.kernels.operators import call
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
-from bitwright.kernels.unpack import unpack_conv, unpack_linear
+from bitwright.kernels.unpack import layout_bits, unpack_conv, unpack_linear
 from bitwright.numerics.affine import live_qparams
 from bitwright.numerics.qtensor import QTensor, pack_rows
 from bitwright.numerics.spec import QParams, QuantSpec
@@ -29,25 +30,20 @@ def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[in
     return integers_only(weight, input, shape) or (grouped.SIGNED if grouped.unsigned(weight) else "")
 
 
-def _layout_bits(spec: QuantSpec) -> int:
-    """Width of the native layout that holds a format's codes: 8, 4, 3 or 2 bits."""
-    return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
-
-
 def _offset(input: QuantSpec | None) -> bool:
     """Whether kernels may meet bytes of activations that are not the codes relative to their zero point."""
     return input is None or not input.symmetric or input.format.qmax > 127
 
 
 def _pack_linear(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
-    codes, bits = weight.codes.to(torch.int8), _layout_bits(weight.spec)
+    codes, bits = weight.codes.to(torch.int8), layout_bits(weight.spec)
     layout = cpu.pack_linear(codes.contiguous(), bits)
     sums = codes.sum(1, dtype=torch.int32) if bits == 8 or _offset(input) else None
     return Packed(layout, _per_output(weight), sums=sums)
 
 
 def _unpack_linear(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
-    return pack_rows(unpack_linear(packed.layout, _layout_bits(spec), shape[0], shape[1]), spec)
+    return pack_rows(unpack_linear(packed.layout, layout_bits(spec), shape[0], shape[1]), spec)
 
 
 def _output_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
@@ -58,13 +54,14 @@ def _output_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> 
 def _pack_conv(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
     codes = weight.codes.to(torch.int8)
     codes = codes.unsqueeze(2) if codes.dim() == 3 else codes
-    layout = cpu.pack_conv(codes.contiguous(), groups)
+    layout = cpu.pack_conv(codes.contiguous(), layout_bits(weight.spec), groups)
     return Packed(layout, _per_output(weight), sums=codes.flatten(1).sum(1, dtype=torch.int32))
 
 
 def _unpack_conv(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
     outputs, inputs, height, width = shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
-    return pack_rows(unpack_conv(packed.layout, (outputs, inputs, height, width), groups), spec)
+    codes = unpack_conv(packed.layout, layout_bits(spec), (outputs, inputs, height, width), groups)
+    return pack_rows(codes, spec)
 
 
 def _per_output(weight: QTensor) -> Tensor:
@@ -75,9 +72,10 @@ def _run_native_linear(
     isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation
 ) -> Tensor:
     fmt = input.spec.format
-    return torch.ops.bitwright.linear(
+    return call(
+        torch.ops.bitwright.linear.default,
         x.float(), packed.layout, packed.scale, packed.sums, bias, *_encoding(x, input),
-        _layout_bits(weight), fmt.qmin, fmt.qmax, isa,
+        layout_bits(weight), fmt.qmin, fmt.qmax, isa,
     )  # fmt: skip
 
 
@@ -109,7 +107,8 @@ def _run_grouped(
 ) -> Tensor:
     assert packed.codebook is not None
     fmt = input.spec.format
-    return torch.ops.bitwright.grouped_linear(
+    return call(
+        torch.ops.bitwright.grouped_linear.default,
         x.float(), packed.layout, packed.scale, packed.sums, bias, *_encoding(x, input), packed.codebook.shape[0],
         weight.granularity.size, grouped.layout_bits(weight), fmt.qmin, fmt.qmax, isa,
     )  # fmt: skip
@@ -126,9 +125,11 @@ def _run_native_conv(
 ) -> Tensor:
     spec, qparams = input
     qparams = live_qparams(x, spec) if qparams is None else qparams
-    return torch.ops.bitwright.conv2d(
+    return call(
+        torch.ops.bitwright.conv2d.default,
         x.float(), packed.layout, packed.scale, packed.sums, bias, qparams.scale, qparams.zero_point,
-        g.kernel_size, g.stride, g.padding, g.dilation, g.groups, spec.format.qmin, spec.format.qmax, isa,
+        g.kernel_size, g.stride, g.padding, g.dilation, g.groups, layout_bits(weight), spec.format.qmin,
+        spec.format.qmax, isa,
     )  # fmt: skip
 
 
@@ -159,9 +160,10 @@ def _run_decoded(
     isa: int, x: Tensor, packed: Packed, weight: QuantSpec, bias: Tensor | None, input: Activation | None
 ) -> Tensor:
     assert packed.sums is not None
-    return torch.ops.bitwright.decoded_linear(
+    return call(
+        torch.ops.bitwright.decoded_linear.default,
         decoded_input(x, input).float(), packed.layout, packed.codebook, packed.scale, packed.zero_point, bias,
-        packed.sums.shape[0], weight.granularity.size, decoded.layout_bits(weight), isa,
+        packed.sums.shape[0], weight.granularity.size, layout_bits(weight), isa,
     )  # fmt: skip
 
 
@@ -169,7 +171,8 @@ def _native_add(a: Tensor, b: Tensor, left: Activation, right: Activation) -> Te
     (spec_a, params_a), (spec_b, params_b) = left, right
     assert params_a is not None
     assert params_b is not None
-    return torch.ops.bitwright.add(
+    return call(
+        torch.ops.bitwright.add.default,
         a.float(), b.float(), params_a.scale, params_a.zero_point, params_b.scale, params_b.zero_point,
         (spec_a.format.qmin, spec_a.format.qmax), (spec_b.format.qmin, spec_b.format.qmax),
     )  # fmt: skip
@@ -183,7 +186,7 @@ def _native_rows(isa: str) -> list[Kernel]:
                _pack_linear, partial(_run_native_linear, number), _unpack_linear, _output_qparams),
         Kernel(f"linear/groups/{isa}", "linear", needs, "16-row blocks of 8, 4, 3 or 2 bits", grouped.refuses,
                _pack_grouped, partial(_run_grouped, number), _unpack_grouped, _group_qparams),
-        Kernel(f"conv/{isa}", "conv", needs, "16-row blocks of 8 bits", _native_integers,
+        Kernel(f"conv/{isa}", "conv", needs, "16-row blocks of 8, 4, 3 or 2 bits", _native_integers,
                _pack_conv, partial(_run_native_conv, number), _unpack_conv, _output_qparams,
                run_images=partial(images.convolve, number)),
     ]  # fmt: skip
