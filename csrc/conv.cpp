@@ -1,17 +1,13 @@
-// 2-d convolution with 8-bit weights as a matrix product that reads its windows in place. The input becomes
+// 2-d convolution as a matrix product of bytes that reads its windows in place. The input becomes
 // an NHWC byte image with its border filled in; channels are padded to 4 per group so that every step of 4
 // inputs lies inside one pixel. A row of output pixels is then a strip: neighbours are stride_w pixels apart,
 // and the window is a list of runs, one per filter row where its pixels are adjacent (no dilation, one
 // group), else one per tap. No copy of the windows is made. Input that comes as bytes is copied into that image
 // (read in place where it needs neither border nor padding); results leave as float32, or as the bytes that the
-// next layer reads.
-//
-// Packed weights
-//   dense: per group the 8-bit linear layout of dispatch.h, k in the order (kh, kw, c) with c padded to 4;
-//   depthwise (one channel per group, o == groups): [kh * kw][channels rounded up to 16] signed bytes.
-#include <cstring>
-
+// next layer reads. Weights of 4, 3 and 2 bits are unpacked to bytes slab by slab, which all strips of a thread
+// then share. Their layouts: conv_weights.h.
 #include "conv_input.h"
+#include "conv_weights.h"
 #include "ops.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -24,15 +20,14 @@ constexpr int64_t kChunkBytes = 16 << 20;  // of the quantized images that are i
 constexpr int64_t kStripPixels = 96;
 constexpr int64_t kSerialEncode = 1 << 14;
 
-bool is_depthwise(int64_t o, int64_t c_per_group, int64_t groups) { return c_per_group == 1 && o == groups; }
-
 // The geometry of one call after simplification.
 struct Plan {
     Conv a;
     Image image;
     bool depthwise;
     int64_t ho, wo;
-    int64_t o_per_group, blocks, block_bytes;
+    int64_t o_per_group, blocks, block_bytes;  // as the kernel reads them
+    int64_t packed_bytes;                      // of a block
     int64_t runs, run_groups;
     bool flat;  // 1x1 without border: strips are pieces of one sequence of pixels
     int64_t strip_pixels;
@@ -41,6 +36,7 @@ struct Plan {
 };
 
 void check(const Conv& a) {
+    check_filter_bits(a.bits);
     size_product({a.n, a.c, a.h, a.w});
     size_product({a.o, a.c, a.kh, a.kw});
     require(a.c > 0 && a.h > 0 && a.w > 0 && a.o > 0 && a.kh > 0 && a.kw > 0, "empty image or filter");
@@ -93,6 +89,7 @@ Plan make_plan(const Conv& args) {
     p.runs = adjacent ? a.kh : a.kh * a.kw;
     p.run_groups = p.image.group_bytes / 4 * (adjacent ? a.kw : 1);
     p.block_bytes = p.runs * p.run_groups * kGroupBytes;
+    p.packed_bytes = p.block_bytes / 8 * a.bits;
     p.flat = pointwise && !p.depthwise;
     p.strip_pixels = p.flat ? kStripPixels : p.wo;
     return p;
@@ -111,6 +108,8 @@ struct Buffers {
     const uint8_t* images;
     int64_t* offsets;
     RowTerms* terms;
+    uint8_t* panels;  // of unpacked weights, one per thread
+    int64_t panel_bytes;
     Quantizer to;
     int64_t first;  // element of the results that belongs to the first of the images
 
@@ -133,11 +132,12 @@ void depthwise_rows(const Plan& p, const Kernels& kernels, const Buffers& b, Ran
     }
 }
 
-// The strip `i` of group `g` of the images in the buffer.
-Gemm dense_strip(const Plan& p, const Buffers& b, int64_t images, int64_t g, int64_t i) {
+// The strip `i` of group `g` of the images in the buffer, from the output block on whose weights are at `w`.
+Gemm dense_strip(const Plan& p, const Buffers& b, int64_t images, int64_t g, int64_t i, int64_t block,
+                 const uint8_t* w) {
     const Conv& a = p.a;
     Gemm gemm{};
-    const int64_t first = g * p.o_per_group;
+    const int64_t first = g * p.o_per_group + block * kLanes;
     if (p.flat) {
         const int64_t pixel = i * p.strip_pixels;
         gemm.x = b.images + pixel * p.image.pixel_bytes;
@@ -151,9 +151,9 @@ Gemm dense_strip(const Plan& p, const Buffers& b, int64_t images, int64_t g, int
     gemm.run_offsets = b.offsets;
     gemm.runs = p.runs;
     gemm.run_groups = p.run_groups;
-    gemm.w = a.weight + g * p.blocks * p.block_bytes;
+    gemm.w = w;
     gemm.block_bytes = p.block_bytes;
-    gemm.columns = p.o_per_group;
+    gemm.columns = p.o_per_group - block * kLanes;
     gemm.w_scale = a.w_scale + first;
     gemm.w_sum = a.w_sum + first;
     gemm.bias = a.bias != nullptr ? a.bias + first : nullptr;
@@ -172,6 +172,17 @@ int threads_for(const Plan& p, int64_t images) {
     return work <= kSerialWork ? 1 : a.threads;
 }
 
+Work work_of(const Plan& p, const Kernels& kernels, int64_t images) {
+    const int64_t strips = p.flat ? ceil_div(images * p.ho * p.wo, p.strip_pixels) : images * p.ho;
+    return {strips, p.blocks, p.block_bytes, kernels.gemm[0]};
+}
+
+// What a thread needs for unpacked weights.
+int64_t panel_bytes(const Plan& p, const Kernels& kernels) {
+    if (p.a.bits == 8 || p.depthwise) return 0;
+    return std::min(p.blocks, slab_blocks(work_of(p, kernels, 1), kernels)) * p.block_bytes;
+}
+
 void multiply(const Plan& p, const Kernels& kernels, const Buffers& b, int64_t images) {
     const Conv& a = p.a;
     const int threads = threads_for(p, images);
@@ -181,49 +192,30 @@ void multiply(const Plan& p, const Kernels& kernels, const Buffers& b, int64_t i
         });
         return;
     }
-    const int64_t strips = p.flat ? ceil_div(images * p.ho * p.wo, p.strip_pixels) : images * p.ho;
-    const Work all{strips, p.blocks, p.block_bytes, kernels.gemm[0]};
+    const Work all = work_of(p, kernels, images);
+    const UnpackBlocks unpack_blocks = a.bits == 8 ? nullptr : block_unpacker(a.isa, a.bits);
     const bool by_blocks = split_by_blocks(all, kernels, threads, images * p.image.image_bytes / a.groups);
     parallel_for(threads, [&](int index, int count) {
         for (int64_t g = 0; g < a.groups; ++g) {
-            const auto strip_at = [&](int64_t i) { return dense_strip(p, b, images, g, i); };
-            run_strips(kernels, all, by_blocks, strip_at, index, count);
+            const uint8_t* w = a.weight + g * p.blocks * p.packed_bytes;
+            if (unpack_blocks == nullptr) {
+                const auto strip_at = [&](int64_t i) { return dense_strip(p, b, images, g, i, 0, w); };
+                run_strips(kernels, all, by_blocks, strip_at, index, count);
+                continue;
+            }
+            uint8_t* panel = b.panels + index * b.panel_bytes;
+            const auto unpack = [&](int64_t begin, int64_t end) {
+                unpack_blocks(w + begin * p.packed_bytes, p.block_bytes, end - begin, panel);
+            };
+            const auto strip_at = [&](int64_t i, int64_t begin) {
+                return dense_strip(p, b, images, g, i, begin, panel);
+            };
+            run_panels(kernels, all, by_blocks, unpack, strip_at, index, count);
         }
     });
 }
 
 }  // namespace
-
-int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups) {
-    size_product({o, c_per_group, kh, kw, 64});
-    require(groups > 0 && o % groups == 0, "outputs do not divide into the groups");
-    if (is_depthwise(o, c_per_group, groups)) return kh * kw * round_up(o, kLanes);
-    return groups * ceil_div(o / groups, kLanes) * kh * kw * ceil_div(c_per_group, 4) * kGroupBytes;
-}
-
-void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
-               uint8_t* out) {
-    const int64_t total = conv_layout_bytes(o, c_per_group, kh, kw, groups);
-    if (total == 0) return;
-    require(codes != nullptr && out != nullptr, "null pointer");
-    std::memset(out, 0, static_cast<size_t>(total));
-    const bool depthwise = is_depthwise(o, c_per_group, groups);
-    const int64_t taps = kh * kw;
-    const int64_t steps = ceil_div(c_per_group, 4);
-    const int64_t blocks = ceil_div(o / groups, kLanes);
-    for (int64_t row = 0; row < o; ++row) {
-        const int64_t in_group = row % (o / groups);
-        const int64_t block = row / (o / groups) * blocks + in_group / kLanes;
-        for (int64_t c = 0; c < c_per_group; ++c) {
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                const int64_t group = (block * taps + tap) * steps + c / 4;
-                const int64_t dense = group * kGroupBytes + in_group % kLanes * 4 + c % 4;
-                const int64_t at = depthwise ? tap * round_up(o, kLanes) + row : dense;
-                out[at] = static_cast<uint8_t>(codes[(row * c_per_group + c) * taps + tap]);
-            }
-        }
-    }
-}
 
 void conv2d(const Conv& args) {
     check(args);
@@ -237,11 +229,13 @@ void conv2d(const Conv& args) {
     // Depthwise reads 16 channels at a time.
     const int64_t image_bytes = p.in_place ? 0 : chunk * p.image.image_bytes + 64;
     const int64_t rows_bytes = size_product({p.a.threads, p.image.row_scratch});
+    const int64_t panel = panel_bytes(p, kernels), panels = size_product({threads_for(p, chunk), panel});
     Scratch scratch(Scratch::bytes<uint8_t>(image_bytes) + Scratch::bytes<int64_t>(p.runs) +
-                    Scratch::bytes<RowTerms>(1) + Scratch::bytes<uint8_t>(rows_bytes) +
+                    Scratch::bytes<RowTerms>(1) + Scratch::bytes<uint8_t>(panels) + Scratch::bytes<uint8_t>(rows_bytes) +
                     Scratch::bytes<int64_t>(p.image.unit_pixels));
     uint8_t* images = scratch.take<uint8_t>(image_bytes);
-    Buffers buffers{images, scratch.take<int64_t>(p.runs), scratch.take<RowTerms>(1), {}, 0};
+    Buffers buffers{images, scratch.take<int64_t>(p.runs), scratch.take<RowTerms>(1), scratch.take<uint8_t>(panels),
+                    panel, {}, 0};
     if (p.a.to.out != nullptr) buffers.to = bounded_quantizer(p.a.to);
     uint8_t* rows_scratch = scratch.take<uint8_t>(rows_bytes);
     int64_t* pixel_offsets = scratch.take<int64_t>(p.image.unit_pixels);

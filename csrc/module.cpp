@@ -63,10 +63,11 @@ void linear_call(int isa, int bits, uintptr_t x, int64_t m, int64_t k, int64_t n
 void conv2d_call(int isa, uintptr_t x, int64_t n, int64_t c, int64_t h, int64_t w, int64_t stride_n,
                  int64_t stride_c, int64_t stride_y, int64_t stride_x, int64_t o, int64_t kh, int64_t kw,
                  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                 int64_t dil_w, int64_t groups, float scale, float zero, int64_t qmin, int64_t qmax,
+                 int64_t dil_w, int64_t groups, int bits, float scale, float zero, int64_t qmin, int64_t qmax,
                  uintptr_t weight, uintptr_t w_scale, uintptr_t w_sum, uintptr_t bias, uintptr_t y,
                  int threads, uintptr_t x_bytes, const Bytes& to) {
     conv2d({isa,
+            bits,
             at<const float>(x),
             n,
             c,
@@ -166,8 +167,9 @@ NB_MODULE(_native, m) {
         Release());
     m.def(
         "unpack_conv",
-        [](uintptr_t in, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups, uintptr_t codes) {
-            unpack_conv(at<const uint8_t>(in), o, c, kh, kw, groups, at<int8_t>(codes));
+        [](uintptr_t in, int64_t bits, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups,
+           uintptr_t codes) {
+            unpack_conv(at<const uint8_t>(in), bits, o, c, kh, kw, groups, at<int8_t>(codes));
         },
         Release());
     m.def(
@@ -208,8 +210,9 @@ NB_MODULE(_native, m) {
     m.def("conv_layout_bytes", &conv_layout_bytes);
     m.def(
         "pack_conv",
-        [](uintptr_t codes, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups, uintptr_t out) {
-            pack_conv(at<const int8_t>(codes), o, c, kh, kw, groups, at<uint8_t>(out));
+        [](uintptr_t codes, int64_t bits, int64_t o, int64_t c, int64_t kh, int64_t kw, int64_t groups,
+           uintptr_t out) {
+            pack_conv(at<const int8_t>(codes), bits, o, c, kh, kw, groups, at<uint8_t>(out));
         },
         Release());
     nb::class_<Bytes>(m, "Bytes").def_static("none", [] { return Bytes{}; }).def_static("of", &bytes_of);

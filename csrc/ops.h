@@ -70,11 +70,9 @@ int64_t linear_layout_bytes(int64_t bits, int64_t n, int64_t k);
 void pack_linear(const int8_t* codes, int64_t bits, int64_t n, int64_t k, uint8_t* out);
 void linear(const Linear& args);
 
-// The inverses of pack_linear, pack_decoded and pack_conv: unpack.cpp.
+// The inverses of pack_linear and pack_decoded: unpack.cpp.
 void unpack_linear(const uint8_t* in, int64_t bits, int64_t n, int64_t k, int8_t* codes);
 void unpack_decoded(const uint8_t* in, int64_t bits, int64_t n, int64_t k, uint8_t* codes);
-void unpack_conv(const uint8_t* in, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
-                 int8_t* codes);
 
 // Weights (table[code] - zero) * scale, at 8 bits (code - zero) * scale, against float activations.
 struct DecodedLinear {
@@ -114,6 +112,7 @@ Quantizer bounded_quantizer(const Bytes& bytes);
 
 struct Conv {
     int isa;
+    int bits;  // 8, 4, 3 or 2
     const float* x;
     int64_t n, c, h, w;
     int64_t x_stride[4];  // elements; channels or columns must be adjacent
@@ -131,9 +130,11 @@ struct Conv {
     Bytes to;
 };
 
-int64_t conv_layout_bytes(int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups);
-void pack_conv(const int8_t* codes, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
-               uint8_t* out);
+int64_t conv_layout_bytes(int64_t bits, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups);
+void pack_conv(const int8_t* codes, int64_t bits, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw,
+               int64_t groups, uint8_t* out);
+void unpack_conv(const uint8_t* in, int64_t bits, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw,
+                 int64_t groups, int8_t* codes);
 void conv2d(const Conv& args);
 
 // The bytes of images [n, c, h, w] with the strides of `x_stride`; `x` as in Conv.

@@ -1,5 +1,5 @@
-// Codes back from the layouts that linear.cpp, decoded.cpp and conv.cpp pack: a model in memory holds its weights in
-// these layouts alone. Padding is left out.
+// Codes back from the layouts that linear.cpp and decoded.cpp pack: a model in memory holds its weights in these
+// layouts alone. Padding is left out. Convolutions: conv_weights.cpp.
 #include "ops.h"
 
 namespace bitwright {
@@ -59,25 +59,6 @@ void unpack_decoded(const uint8_t* in, int64_t bits, int64_t n, int64_t k, uint8
     if (decoded_layout_bytes(bits, n, k) == 0) return;
     require(in != nullptr && codes != nullptr, "null pointer");
     unpack(in, layout_of(bits, decoded_place), n, k, 0, codes);
-}
-
-void unpack_conv(const uint8_t* in, int64_t o, int64_t c_per_group, int64_t kh, int64_t kw, int64_t groups,
-                 int8_t* codes) {
-    if (conv_layout_bytes(o, c_per_group, kh, kw, groups) == 0) return;
-    require(in != nullptr && codes != nullptr, "null pointer");
-    const bool depthwise = c_per_group == 1 && o == groups;
-    const int64_t taps = kh * kw, steps = ceil_div(c_per_group, 4), per_group = o / groups;
-    for (int64_t row = 0; row < o; ++row) {
-        const int64_t block = row / per_group * ceil_div(per_group, kLanes) + row % per_group / kLanes;
-        for (int64_t c = 0; c < c_per_group; ++c) {
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                const int64_t load = (block * taps + tap) * steps + c / 4;
-                const int64_t dense = load * kGroupBytes + row % per_group % kLanes * 4 + c % 4;
-                const int64_t at = depthwise ? tap * round_up(o, kLanes) + row : dense;
-                codes[(row * c_per_group + c) * taps + tap] = static_cast<int8_t>(in[at]);
-            }
-        }
-    }
 }
 
 }  // namespace bitwright

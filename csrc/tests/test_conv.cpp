@@ -1,5 +1,5 @@
-// Convolutions of any geometry, from contiguous, channels-last and other memory: every instruction set equals the
-// definition bit for bit.
+// Convolutions of any geometry and width, from contiguous, channels-last and other memory: every instruction set
+// equals the definition bit for bit.
 #include <algorithm>
 #include <cmath>
 
@@ -44,6 +44,22 @@ Conv random_geometry(Random& random) {
     a.dil_w = random.between(1, 2);
     a.h = std::max<int64_t>(1, (a.kh - 1) * a.dil_h + 1 - 2 * a.pad_h) + random.between(0, large ? 60 : 9);
     a.w = std::max<int64_t>(1, (a.kw - 1) * a.dil_w + 1 - 2 * a.pad_w) + random.between(0, large ? 70 : 20);
+    const int widths[] = {8, 4, 3, 2};
+    a.bits = widths[random.between(0, 3)];
+    return a;
+}
+
+// More weights than a thread unpacks at once, and few pixels.
+Conv deep_geometry(Random& random) {
+    Conv a = random_geometry(random);
+    a.n = 1;
+    a.groups = random.between(1, 2);
+    a.c = a.groups * random.between(120, 200);
+    a.o = a.groups * random.between(150, 250);
+    a.kh = a.kw = 3;
+    a.h = 2 * a.dil_h + 1 + random.between(0, 2);
+    a.w = 2 * a.dil_w + 1 + random.between(0, 2);
+    a.pad_h = a.pad_w = 0;
     return a;
 }
 
@@ -67,7 +83,7 @@ int64_t lay_out(Conv& a, Random& random) {
 }
 
 Case make_case(Random& random) {
-    Conv a = random_geometry(random);
+    Conv a = random.one_in(50) ? deep_geometry(random) : random_geometry(random);
     const int64_t span = lay_out(a, random), taps = a.c / a.groups * a.kh * a.kw;
     const Encoding encoding = random_encoding(random, false);
     Case c{a, (a.h + 2 * a.pad_h - a.dil_h * (a.kh - 1) - 1) / a.stride_h + 1,
@@ -75,8 +91,9 @@ Case make_case(Random& random) {
            activations(random, span, encoding.scale, true), numbers(random, a.o, 0.001f, 0.1f),
            numbers(random, a.o, -1.0f, 1.0f), Buffer<int8_t>(a.o * taps, random), Buffer<int32_t>(a.o, random),
            random.one_in(2)};
+    const int64_t half = int64_t{1} << (a.bits - 1);
     for (int64_t i = 0; i < a.o * taps; ++i) {
-        c.codes[i] = static_cast<int8_t>(random.between(-128, 127));
+        c.codes[i] = static_cast<int8_t>(random.between(-half, half - 1));
         c.w_sum[i / taps] += c.codes[i];
     }
     return c;
@@ -174,10 +191,10 @@ void test_conv(int64_t cases) {
     for (int64_t i = 0; i < cases; ++i) {
         const Case c = make_case(random);
         Conv a = c.a;
-        Buffer<uint8_t> packed(conv_layout_bytes(a.o, c.inputs(), a.kh, a.kw, a.groups), random);
-        pack_conv(c.codes.data(), a.o, c.inputs(), a.kh, a.kw, a.groups, packed.data());
+        Buffer<uint8_t> packed(conv_layout_bytes(a.bits, a.o, c.inputs(), a.kh, a.kw, a.groups), random);
+        pack_conv(c.codes.data(), a.bits, a.o, c.inputs(), a.kh, a.kw, a.groups, packed.data());
         Buffer<int8_t> unpacked(a.o * c.inputs() * a.kh * a.kw, random);
-        unpack_conv(packed.data(), a.o, c.inputs(), a.kh, a.kw, a.groups, unpacked.data());
+        unpack_conv(packed.data(), a.bits, a.o, c.inputs(), a.kh, a.kw, a.groups, unpacked.data());
         expect_same(unpacked, c.codes, "conv2d: unpacked codes");
         const Buffer<float> wanted = defined(c, random);
         a.x = c.x.data();

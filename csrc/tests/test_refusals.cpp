@@ -29,7 +29,7 @@ Linear small_linear() {
 }
 
 Conv small_conv() {
-    return {0, one, 1, 1, 4, 4, {16, 16, 4, 1}, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1.0f, 0.0f, {-128, 127}, weight, one, sums,
+    return {0, 8, one, 1, 1, 4, 4, {16, 16, 4, 1}, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1.0f, 0.0f, {-128, 127}, weight, one, sums,
             nullptr, one + 1, 1};
 }
 
@@ -82,6 +82,7 @@ void conv_refusals() {
     refused("do not divide", [](Conv& a) { a.groups = 2; });
     refused("inside the range", [](Conv& a) { a.zero = 200.0f, a.pad_h = 1; });
     refused("null pointer", [](Conv& a) { a.weight = nullptr; });
+    refused("8, 4, 3 or 2 bits", [](Conv& a) { a.bits = 5; });
     refused("is not available", [](Conv& a) { a.isa = 99; });
 }
 
@@ -89,13 +90,16 @@ void other_refusals() {
     const int64_t huge = int64_t{1} << 40;
     expect_refused("size too large", [&] { linear_layout_bytes(8, huge, huge); });
     expect_refused("size too large", [&] { decoded_layout_bytes(4, huge, huge); });
-    expect_refused("size too large", [&] { conv_layout_bytes(huge, huge, 1, 1, 1); });
-    expect_refused("do not divide", [&] { conv_layout_bytes(4, 4, 1, 1, 3); });
-    expect_refused("negative size", [&] { conv_layout_bytes(4, 4, -1, 1, 1); });
+    expect_refused("size too large", [&] { conv_layout_bytes(4, huge, huge, 1, 1, 1); });
+    expect_refused("do not divide", [&] { conv_layout_bytes(8, 4, 4, 1, 1, 3); });
+    expect_refused("negative size", [&] { conv_layout_bytes(8, 4, 4, -1, 1, 1); });
     const int8_t code = 8;
     const uint8_t index = 4;
     expect_refused("does not fit", [&] { pack_linear(&code, 4, 1, 1, weight); });
     expect_refused("does not fit", [&] { pack_decoded(&index, 2, 1, 1, weight); });
+    expect_refused("does not fit", [&] { pack_conv(&code, 4, 1, 1, 1, 1, 1, weight); });  // depthwise
+    expect_refused("does not fit", [&] { pack_conv(&code, 4, 1, 2, 1, 1, 1, weight); });
+    expect_refused("8, 4, 3 or 2 bits", [&] { conv_layout_bytes(6, 4, 4, 1, 1, 1); });
     expect_refused("no such blocks", [&] {
         decode_panel({0, 8, nullptr, 0, 4, 4, 4, weight, one, one, nullptr, nullptr, nullptr, 1}, 0, 2, one);
     });

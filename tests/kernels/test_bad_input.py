@@ -160,16 +160,16 @@ def test_sizes_whose_product_does_not_fit_are_refused() -> None:
     for call in (
         lambda: cpu.native.linear_layout_bytes(8, huge, huge),
         lambda: cpu.native.decoded_layout_bytes(4, huge, huge),
-        lambda: cpu.native.conv_layout_bytes(huge, huge, 3, 3, 1),
+        lambda: cpu.native.conv_layout_bytes(4, huge, huge, 3, 3, 1),
     ):
         with pytest.raises(ValueError, match="size too large"):
             call()
     x, weight, one = torch.zeros(1, 1, 4, 4), torch.zeros(4, dtype=torch.uint8), torch.ones(1)
     sums = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(KernelError, match="does not fit an image"):
-        OPS.conv2d(x, weight, one, sums, None, one, None, [huge, 1], [1, 1], [0, 0], [huge, 1], 1, -128, 127, 0)
+        OPS.conv2d(x, weight, one, sums, None, one, None, [huge, 1], [1, 1], [0, 0], [huge, 1], 1, 8, -128, 127, 0)
     with pytest.raises(RuntimeError, match="overflowed"):  # torch, which allocates the result
-        OPS.conv2d(x, weight, one, sums, None, one, None, [3, 3], [1, 1], [huge, huge], [1, 1], 1, -128, 127, 0)
+        OPS.conv2d(x, weight, one, sums, None, one, None, [3, 3], [1, 1], [huge, huge], [1, 1], 1, 8, -128, 127, 0)
     with pytest.raises((KernelError, RuntimeError)):  # the copy that a view of 2**60 elements would need
         OPS.linear(torch.zeros(1).expand(2**30, 2**30), weight, one, sums, None, one, None, 8, -128, 127, 0)
 
@@ -231,14 +231,14 @@ def test_instruction_sets_that_the_machine_lacks_are_refused() -> None:
     missing = [number for name, number in cpu.ISA.items() if name not in ISAS] + [99, -1]
     x, one, sums = torch.zeros(1, 4), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     layout = cpu.pack_linear(torch.zeros(1, 4, dtype=torch.int8), 8)
-    filters = cpu.pack_conv(torch.zeros(1, 4, 1, 1, dtype=torch.int8), 1)
+    filters = cpu.pack_conv(torch.zeros(1, 4, 1, 1, dtype=torch.int8), 8, 1)
     weight = decoded.pack(quantize(torch.randn(1, 4), QuantSpec.parse("int8/channel")))
     lanes = torch.zeros(1, 1, 16)
     for isa in missing:
         for call in (
             lambda isa: OPS.linear(x, layout, one, sums, None, one, None, 8, -128, 127, isa),
             lambda isa: OPS.conv2d(
-                x.view(1, 4, 1, 1), filters, one, sums, None, one, None, 1, 1, 0, 1, 1, -128, 127, isa
+                x.view(1, 4, 1, 1), filters, one, sums, None, one, None, 1, 1, 0, 1, 1, 8, -128, 127, isa
             ),
             lambda isa: OPS.grouped_linear(x, layout, lanes, lanes.int(), None, one, None, 1, 4, 8, -128, 127, isa),
             lambda isa: OPS.decoded_linear(x, *weight, None, 1, 0, 8, isa),

@@ -265,20 +265,23 @@ CONVS = {
     "one channel": Shape(1, 6, (3, 3), (1, 1), (1, 1)),
     "one pixel": Shape(9, 6, (3, 3), (1, 1), (1, 1), image=(1, 1), batch=1),
     "large": Shape(32, 72, (3, 3), padding=(1, 1), image=(70, 66), batch=1),
+    "deep": Shape(160, 330, (3, 3), padding=(1, 1), image=(5, 9), batch=1),  # more weights than stay in a cache
+    "deep groups": Shape(320, 420, (3, 3), groups=2, image=(5, 4), batch=1),
+    "deep pixel": Shape(1500, 330, (1, 1), image=(1, 1), batch=3),
 }
 
 
-def conv_case(s: Shape, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes, scale, sums = weights((s.o, s.c // s.groups, *s.kernel), 8, g)
+def conv_case(s: Shape, g: torch.Generator, bits: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes, scale, sums = weights((s.o, s.c // s.groups, *s.kernel), bits, g)
     x = torch.randn(s.batch, s.c, *s.image, generator=g) * 2
     return x, codes, scale, sums, torch.randn(s.o, generator=g)
 
 
-def run_conv(isa: str, s: Shape, case: tuple[Tensor, ...], bias: Tensor | None, act: Act) -> Tensor:
+def run_conv(isa: str, s: Shape, case: tuple[Tensor, ...], bias: Tensor | None, act: Act, bits: int = 8) -> Tensor:
     x, codes, scale, sums = case[:4]
     return torch.ops.bitwright.conv2d(
-        x, cpu.pack_conv(codes, s.groups), scale, sums, bias, act.scale, act.zero, s.kernel, s.stride, s.padding,
-        s.dilation, s.groups, act.qmin, act.qmax, cpu.ISA[isa],
+        x, cpu.pack_conv(codes, bits, s.groups), scale, sums, bias, act.scale, act.zero, s.kernel, s.stride, s.padding,
+        s.dilation, s.groups, bits, act.qmin, act.qmax, cpu.ISA[isa],
     )  # fmt: skip
 
 
@@ -306,6 +309,31 @@ def test_conv2d(isa: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("shape", CONVS)
+def test_conv2d_of_few_bits(isa: str, bits: int, shape: str) -> None:
+    s = CONVS[shape]
+    case = conv_case(s, gen(s.c, s.o, bits), bits)
+    for act in (ACTS["int8 asymmetric"], ACTS["uint8 zero 93"]):
+        assert torch.equal(run_conv(isa, s, case, case[4], act, bits), expect_conv(s, case, case[4], act))
+
+
+def layout_sizes(s: Shape, bits: int) -> tuple[int, int]:
+    """Bytes of a layout, and those of the same codes one by one, outputs padded to 16 and channels to 4."""
+    codes = torch.zeros(s.o, s.c // s.groups, *s.kernel, dtype=torch.int8)
+    o, c = s.o // s.groups, s.c // s.groups
+    padded = s.groups * (o + -o % 16) * (c + -c % 4) * s.kernel[0] * s.kernel[1]
+    return cpu.pack_conv(codes, bits, s.groups).numel(), padded
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("shape", [name for name in CONVS if not name.startswith("depthwise")])
+def test_filters_of_few_bits_pad_no_more_than_bytes(shape: str, bits: int) -> None:
+    found, padded = layout_sizes(CONVS[shape], bits)
+    assert found == padded * bits // 8
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", ["3x3", "1x1 stride 2", "first layer", "depthwise"])
 def test_conv2d_reads_views(isa: str, shape: str) -> None:
     s = CONVS[shape]
@@ -324,8 +352,11 @@ def test_conv2d_reads_views(isa: str, shape: str) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), isa=st.sampled_from(ISAS), act=st.sampled_from(list(ACTS)), seed=st.integers(0, 1000))
-def test_conv2d_any_shape(data: st.DataObject, isa: str, act: str, seed: int) -> None:
+@given(
+    data=st.data(), isa=st.sampled_from(ISAS), act=st.sampled_from(list(ACTS)), bits=st.sampled_from([8, 4, 3, 2]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_conv2d_any_shape(data: st.DataObject, isa: str, act: str, bits: int, seed: int) -> None:
     def pair(low: int, high: int) -> tuple[int, int]:
         return data.draw(st.integers(low, high)), data.draw(st.integers(low, high))
 
@@ -336,8 +367,8 @@ def test_conv2d_any_shape(data: st.DataObject, isa: str, act: str, seed: int) ->
         groups * data.draw(st.integers(1, 9)), groups * data.draw(st.integers(1, 20)), kernel, pair(1, 3), pair(0, 3),
         dilation, groups, (image[0], image[1]), data.draw(st.integers(1, 3)),
     )  # fmt: skip
-    case = conv_case(s, gen(seed))
-    assert torch.equal(run_conv(isa, s, case, case[4], ACTS[act]), expect_conv(s, case, case[4], ACTS[act])), s
+    case = conv_case(s, gen(seed), bits)
+    assert torch.equal(run_conv(isa, s, case, case[4], ACTS[act], bits), expect_conv(s, case, case[4], ACTS[act])), s
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -376,8 +407,8 @@ def test_threads_do_not_change_results() -> None:
     g = gen(5)
     codes, scale, _ = weights((200, 512), 4, g)
     x = torch.randn(100, 512, generator=g)
-    s = CONVS["large"]
-    case = conv_case(s, g)
+    s, deep = CONVS["large"], CONVS["deep"]
+    case, packed = conv_case(s, g), conv_case(deep, g, 3)
     results = []
     before = torch.get_num_threads()
     try:
@@ -388,6 +419,7 @@ def test_threads_do_not_change_results() -> None:
                 run_linear(isa, x, codes, scale, None, Act(-127, 127, None), 4),
                 run_linear(isa, x[:1], codes, scale, None, ACTS["int8"], 4),
                 run_conv(isa, s, case, None, ACTS["uint8 zero 93"]),
+                run_conv(isa, deep, packed, None, ACTS["int8"], 3),
                 torch.ops.bitwright.add(
                     case[0], case[0], scale[:1], None, scale[1:2], None, [-128, 127], [-128, 127]
                 ),
@@ -404,8 +436,8 @@ def op_samples() -> list[tuple[object, tuple[object, ...]]]:
     x, filters, filter_scale, filter_sums, bias = conv_case(s, g)
     step, zero = torch.tensor(0.05), torch.tensor(3.0)
     last = x.contiguous(memory_format=torch.channels_last)
-    packed, layout = cpu.pack_linear(codes, 4), cpu.pack_conv(filters, 1)
-    geometry = ([3, 3], [2, 2], [1, 1], [1, 1], 1)
+    packed, layout = cpu.pack_linear(codes, 4), cpu.pack_conv(filters, 8, 1)
+    geometry = ([3, 3], [2, 2], [1, 1], [1, 1], 1, 8)
     ops = torch.ops.bitwright
     rows = torch.randn(2, 3, 24)
     return [
@@ -427,7 +459,7 @@ def test_compiles_without_graph_breaks() -> None:
     g = gen(8)
     s = replace(CONVS["3x3"], groups=1)
     x, filters, filter_scale, filter_sums, bias = conv_case(s, g)
-    packed = cpu.pack_conv(filters, 1)
+    packed = cpu.pack_conv(filters, 8, 1)
     codes, scale, sums = weights((6, s.o), 8, g)
     layout = cpu.pack_linear(codes, 8)
     step = torch.tensor(0.05)
@@ -447,6 +479,7 @@ def test_compiles_without_graph_breaks() -> None:
             [1, 1],
             [1, 1],
             1,
+            8,
             -128,
             127,
             0,

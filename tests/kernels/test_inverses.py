@@ -72,7 +72,17 @@ def test_matrices_come_back(kernel: Kernel, text: str, input: str | None, n: int
 @given(
     kernel=st.sampled_from([kernel for kernel in WEIGHTED if kernel.op.startswith("conv") and runs_here(kernel)]),
     text=st.sampled_from(
-        ["int8/channel", "int4/channel", "ternary", "int8", "nf4/channel", "uint8/channel/asym", "fp16"]
+        [
+            "int8/channel",
+            "int6",
+            "int4/channel",
+            "int3/channel",
+            "int2",
+            "ternary",
+            "nf4/channel",
+            "uint8/channel/asym",
+            "fp16",
+        ]
     ),
     groups=st.integers(1, 4),
     outputs=st.integers(1, 20),
@@ -108,8 +118,9 @@ def test_every_row_with_a_weight_is_met_by_these_specs() -> None:
         lambda layout: unpack.unpack_linear(layout, 4, 16, 24),
         lambda layout: unpack.unpack_linear(layout, 5, 16, 8),
         lambda layout: unpack.unpack_linear(layout, 4, -1, 8),
-        lambda layout: unpack.unpack_conv(layout, (16, 4, 3, 3), 1),
-        lambda layout: unpack.unpack_conv(layout, (16, 4, 1, 1), 3),
+        lambda layout: unpack.unpack_conv(layout, 8, (16, 4, 3, 3), 1),
+        lambda layout: unpack.unpack_conv(layout, 4, (16, 4, 1, 1), 3),
+        lambda layout: unpack.unpack_conv(layout, 5, (16, 4, 1, 1), 1),
         lambda layout: unpack.unpack_decoded(layout, 3, 16, 8),
         lambda layout: unpack.unpack_decoded(layout, 7, 16, 8),
     ],

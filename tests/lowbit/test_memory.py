@@ -119,13 +119,40 @@ def test_an_embedding_holds_the_bytes_of_its_file(fmt: str) -> None:
     assert accounted(layer) <= held(layer) <= 1.01 * accounted(layer)
 
 
+def convolution(spec: str, channels: int, groups: int, features: frozenset[str]) -> LowbitConv:
+    layer = nn.Conv2d(channels, channels, 3, groups=groups)
+    plan = layer_plan(layer, spec, "uint8/asym")
+    shipped = convert(calibrated(layer, plan, [torch.randn(1, channels, 5, 5)]), features=features)
+    assert isinstance(shipped, LowbitConv)
+    return shipped
+
+
+@native
+@pytest.mark.parametrize("features", [name for name in FEATURES if name != "reference"])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2"])
+def test_a_convolution_holds_what_is_accounted(fmt: str, features: str) -> None:
+    """The sums of its outputs included."""
+    shipped = convolution(f"{fmt}/channel", 256, 1, FEATURES[features])
+    bytes = sum(row.bytes for row in coverage(shipped))
+    assert bytes <= held(shipped) <= 1.01 * bytes
+
+
+@native
+@pytest.mark.parametrize(("spec", "bits"), [("ternary", 2), ("int5", 8), ("int6/channel", 8)])
+def test_convolutions_of_other_formats_take_the_next_width(spec: str, bits: int) -> None:
+    shipped = convolution(spec, 64, 1, cpu.cpu_features())
+    assert shipped.kernel_layout.numel() == 64 * 64 * 9 * bits // 8
+
+
+@native
+def test_depthwise_convolutions_hold_bytes() -> None:
+    assert convolution("int4/channel", 64, 64, cpu.cpu_features()).kernel_layout.numel() == 64 * 9
+
+
 @pytest.mark.parametrize("groups", [1, 2, 128])
 @pytest.mark.parametrize("features", FEATURES)
 def test_a_convolution_of_8_bits_holds_its_codes_once(features: str, groups: int) -> None:
-    layer = nn.Conv2d(128, 128, 3, groups=groups)
-    plan = layer_plan(layer, "int8/channel", "uint8/asym")
-    shipped = convert(calibrated(layer, plan, [torch.randn(1, 128, 5, 5)]), features=FEATURES[features])
-    assert isinstance(shipped, LowbitConv)
+    shipped = convolution("int8/channel", 128, groups, FEATURES[features])
     sums = 0 if features == "reference" else 4 * 128
     assert held(shipped) <= 1.01 * sum(row.bytes for row in coverage(shipped)) + sums
 

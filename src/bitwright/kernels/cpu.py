@@ -9,13 +9,13 @@ None, ``cpu_features()`` is empty and every operator raises KernelError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import KernelError, NumericsError
+from bitwright.kernels.conv_sizes import conv2d_out
 from bitwright.kernels.operators import address as _address
 from bitwright.kernels.operators import register
 
@@ -58,14 +58,18 @@ def pack_linear(codes: Tensor, bits: int) -> Tensor:
     return out
 
 
-def pack_conv(codes: Tensor, groups: int) -> Tensor:
-    """Lay out int8 filter codes ``[o, c / groups, kh, kw]`` for ``bitwright::conv2d``: uint8 ``[bytes]``."""
+def pack_conv(codes: Tensor, bits: int, groups: int) -> Tensor:
+    """Lay out filter codes ``[o, c / groups, kh, kw]`` (int8, within ``bits``) for ``bitwright::conv2d``: uint8.
+
+    ``bits`` is 8, 4, 3 or 2; depthwise filters are bytes at every width. Per group, outputs are padded to 16 and
+    channels to 4; codes out of range raise KernelError.
+    """
     _require_native()
     codes = _weight_codes(codes, 4)
     o, c, kh, kw = codes.shape
     try:
-        out = torch.empty(native.conv_layout_bytes(o, c, kh, kw, groups), dtype=torch.uint8)
-        native.pack_conv(codes.data_ptr(), o, c, kh, kw, groups, out.data_ptr())
+        out = torch.empty(native.conv_layout_bytes(bits, o, c, kh, kw, groups), dtype=torch.uint8)
+        native.pack_conv(codes.data_ptr(), bits, o, c, kh, kw, groups, out.data_ptr())
     except ValueError as error:
         _refuse("pack_conv", error)
     return out
@@ -125,6 +129,7 @@ def _conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    bits: int,
     qmin: int,
     qmax: int,
     isa: int,
@@ -144,40 +149,16 @@ def _conv2d(
         raise KernelError(f"conv2d: {c} channels do not divide into {groups} groups")
     out = conv2d_out(x, o, kernel_size, stride, padding, dilation)
     try:
-        _check_layout(weight, native.conv_layout_bytes(o, c // groups, *kernel_size, groups))
+        _check_layout(weight, native.conv_layout_bytes(bits, o, c // groups, *kernel_size, groups))
         native.conv2d(
             isa, x.data_ptr(), n, c, h, w, *x.stride(), o, *kernel_size, *stride, *padding, *dilation, groups,
-            scale.item(), 0.0 if zero_point is None else zero_point.item(), qmin, qmax, weight.data_ptr(),
+            bits, scale.item(), 0.0 if zero_point is None else zero_point.item(), qmin, qmax, weight.data_ptr(),
             weight_scale.data_ptr(), weight_sum.data_ptr(), _address(bias), out.data_ptr(), torch.get_num_threads(), 0,
             native.Bytes.none(),
         )  # fmt: skip
     except ValueError as error:
         _refuse("conv2d", error)
     return out
-
-
-def conv2d_out(
-    x: Tensor, o: int, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """An empty result of a convolution, in channels-last memory; raises `KernelError` for impossible shapes."""
-    sizes = conv2d_sizes(x.shape, o, kernel_size, stride, padding, dilation)
-    return torch.empty(sizes, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-
-
-def conv2d_sizes(
-    x: Sequence[int], o: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:  # fmt: skip
-    """The shape ``[n, o, h', w']`` that a convolution makes of ``[n, c, h, w]``."""
-    if stride[0] < 1 or stride[1] < 1:
-        raise KernelError(f"conv2d: stride must be positive, got {list(stride)}")
-    n, _, h, w = x
-    span_h, span_w = (kernel_size[0] - 1) * dilation[0] + 1, (kernel_size[1] - 1) * dilation[1] + 1
-    ho = (h + 2 * padding[0] - span_h) // stride[0] + 1
-    wo = (w + 2 * padding[1] - span_w) // stride[1] + 1
-    if ho < 1 or wo < 1:
-        raise KernelError(f"conv2d: a filter that spans {span_h} x {span_w} does not fit an image of {h} x {w}")
-    return n, o, ho, wo
 
 
 def _conv2d_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
@@ -292,7 +273,7 @@ _OPERATORS = [
     (
         "conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, Tensor scale, "
         "Tensor? zero_point, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-        "int qmin, int qmax, int isa) -> Tensor",
+        "int bits, int qmin, int qmax, int isa) -> Tensor",
         _conv2d,
         _conv2d_shape,
     ),

@@ -18,7 +18,7 @@ from bitwright.errors import KernelError
 from bitwright.kernels import cpu
 from bitwright.kernels.grouped import LANES, from_lanes, lanes
 from bitwright.kernels.operators import address, register
-from bitwright.kernels.unpack import unpack_decoded
+from bitwright.kernels.unpack import layout_bits, unpack_decoded
 from bitwright.numerics.qtensor import QTensor, pack_rows
 from bitwright.numerics.spec import QParams, QuantSpec
 
@@ -33,11 +33,6 @@ class DecodedWeight(NamedTuple):
     table: Tensor
     scales: Tensor
     zeros: Tensor | None
-
-
-def layout_bits(spec: QuantSpec) -> int:
-    """Width of the native layout that holds a format's codes."""
-    return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
 
 
 def refuses(spec: QuantSpec, shape: tuple[int, ...]) -> str:

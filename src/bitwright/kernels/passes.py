@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu
+from bitwright.kernels.conv_sizes import conv2d_out
 from bitwright.kernels.grouped import lanes
 
 _LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
@@ -71,15 +72,15 @@ def _encoded_conv2d(
     codes, sums = _weight_codes(weight, w_scale, w_bounds)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
     out = torch.ops.bitwright.conv2d(
-        x, cpu.pack_conv(codes, groups), per_row, sums, bias, x_scale, x_zero, list(weight.shape[2:]), stride, padding,
-        dilation, groups, *x_bounds, cpu.BEST_ISA,
+        x, cpu.pack_conv(codes, 8, groups), per_row, sums, bias, x_scale, x_zero, list(weight.shape[2:]), stride,
+        padding, dilation, groups, 8, *x_bounds, cpu.BEST_ISA,
     )  # fmt: skip
     return _poisoned(out, x)
 
 
 def _encoded_conv2d_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     stride, padding, dilation = rest[6:9]
-    return cpu.conv2d_out(x, len(weight), list(weight.shape[2:]), stride, padding, dilation)
+    return conv2d_out(x, len(weight), list(weight.shape[2:]), stride, padding, dilation)
 
 
 def _centred_codes(x: Tensor, scale: Tensor, zero: Tensor | None, bounds: list[int], narrow: bool) -> Tensor:

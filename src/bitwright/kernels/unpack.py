@@ -1,4 +1,4 @@
-"""Codes back from the layouts of the native module: the inverses of `cpu.pack_linear` and `cpu.pack_conv`."""
+"""The layouts of the native module: their width, and codes back from them (the inverses of `cpu.pack_linear`...)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from torch import Tensor
 
 from bitwright.errors import KernelError
 from bitwright.kernels import cpu
+from bitwright.numerics.spec import QuantSpec
+
+
+def layout_bits(spec: QuantSpec) -> int:
+    """Width of the native layout that holds a format's codes: 8, 4, 3 or 2 bits.
+
+    >>> layout_bits(QuantSpec.parse("int6/channel")), layout_bits(QuantSpec.parse("ternary"))
+    (8, 2)
+    """
+    return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
 
 
 def unpack_linear(layout: Tensor, bits: int, n: int, k: int) -> Tensor:
@@ -20,12 +30,12 @@ def unpack_linear(layout: Tensor, bits: int, n: int, k: int) -> Tensor:
     return codes
 
 
-def unpack_conv(layout: Tensor, shape: tuple[int, int, int, int], groups: int) -> Tensor:
+def unpack_conv(layout: Tensor, bits: int, shape: tuple[int, int, int, int], groups: int) -> Tensor:
     """The codes that `cpu.pack_conv` laid out: int8 ``shape``; a layout of other sizes raises `KernelError`."""
     try:
-        _check(layout, cpu.native.conv_layout_bytes(*shape, groups), shape)
+        _check(layout, cpu.native.conv_layout_bytes(bits, *shape, groups), shape)
         codes = torch.empty(shape, dtype=torch.int8)
-        cpu.native.unpack_conv(layout.data_ptr(), *shape, groups, codes.data_ptr())
+        cpu.native.unpack_conv(layout.data_ptr(), bits, *shape, groups, codes.data_ptr())
     except ValueError as error:
         raise KernelError(f"unpack_conv: {error}") from error
     return codes

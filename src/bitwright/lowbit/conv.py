@@ -9,7 +9,7 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitwright.kernels.cpu import conv2d_sizes
+from bitwright.kernels.conv_sizes import conv2d_sizes
 from bitwright.kernels.images import Request, encoding_of, filters_of
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation
@@ -59,7 +59,7 @@ class LowbitConv(LowbitLayer):
         if images and not self.kernel_layout.is_meta:
             self.encoding = encoding_of(self.input)
         if self.encoding is not None:
-            self.filters = filters_of(self.constants, self.bias, self.encoding, self.geometry)
+            self.filters = filters_of(self.constants, self.weight_spec, self.bias, self.encoding, self.geometry)
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, float32; 2-d outputs are in channels-last memory and may be a `Deferred`."""
