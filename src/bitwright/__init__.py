@@ -9,7 +9,6 @@ from bitwright.auto import Result, quantize_model
 from bitwright.bench.measure import Measurement, measure
 from bitwright.claims.certificate import Certificate
 from bitwright.claims.certify import certify
-from bitwright.claims.contenders import Training
 from bitwright.claims.matrix import Matrix, matrix
 from bitwright.claims.verify import Verification, verify
 from bitwright.costs.latencies import LatencyTable, measure_machine
@@ -33,6 +32,7 @@ from bitwright.search.mixed import mixture, with_allocation
 from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
+from bitwright.train.training import Training
 
 __version__ = "0.1.0"
 

@@ -17,14 +17,15 @@ from torch.nn import functional as F
 
 import bitwright as bw
 from bitwright.bench.measure import model_bytes
-from bitwright.claims.contenders import bit_operations, choices_of
+from bitwright.claims.contenders import bit_operations
 from bitwright.claims.matrix import Matrix
 from bitwright.claims.matrix_page import _apart
 from bitwright.costs.cost import plan_bytes
 from bitwright.errors import CertificateError, SearchError
+from bitwright.search.mixed import choices_of
 from ladders import data, labelled, made, right
 
-CALIBRATION = data(3, size=32)
+CALIBRATION = data(4, size=32)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -127,6 +128,19 @@ def test_a_folder_of_another_matrix_is_refused(tmp_path: Path) -> None:
         compared(model, work=tmp_path, training=None)
 
 
+def test_the_mixed_row_is_the_best_of_plans_that_were_judged_apart(tmp_path: Path) -> None:
+    found = compared(made(), work=tmp_path, training=None)
+    state = json.loads((tmp_path / "trials" / "state.json").read_text())
+    drops = {trial["name"]: trial["drop"] for trial in state["trials"]}
+    assert len(drops) > 2
+    assert drops[state["best"]] <= drops["as planned"]
+    [best] = [path for path in (tmp_path / "trials").iterdir() if path.is_dir()]
+    shipped = [bw.Plan.load(folder / "plan.toml").sites for folder in (best, tmp_path / "mixed-w4a8")]
+    assert shipped[0] == shipped[1]
+    assert state["identity"]["calibration data"].startswith("2 batches")
+    assert any("on the last 64" in note for note in found.notes)
+
+
 def test_scored_items_must_be_new() -> None:
     model = made()
     with pytest.raises(CertificateError, match="are in 'training' too"):
@@ -143,8 +157,8 @@ def test_presets_without_integer_weights_have_no_mixed_row() -> None:
     told: list[str] = []
     with pytest.raises(SearchError, match="integer specs"):
         compared(model, presets=("w8a8", "fp16"), training=None, say=told.append)
-    with pytest.raises(SearchError, match="at least 2 calibration batches"):
-        bw.matrix(model, CALIBRATION[:1], right, labelled(model, 5), say=told.append)
+    with pytest.raises(SearchError, match="at least 4 calibration batches, got 3"):
+        bw.matrix(model, CALIBRATION[:3], right, labelled(model, 5), say=told.append)
     assert told == []  # before anything takes time
 
 

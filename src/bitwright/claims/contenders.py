@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from bitwright.algorithms.pipeline import calibrate
 from bitwright.claims.scores import Score, scores_of
 from bitwright.costs.cost import layer_cost, plan_bytes, work_of
-from bitwright.errors import SearchError
 from bitwright.flow.prepare import prepare
 from bitwright.plan.plan import Plan
 from bitwright.plan.step import Step
 from bitwright.search.budget import Budget
-from bitwright.search.mixed import mixture, with_allocation
+from bitwright.search.mixed import choices_of, mixture, one_item
+from bitwright.search.mixed_trials import mixed, split
 from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
-from bitwright.train.schedule import Schedule
-
-BITS = (2, 3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What the trained version needs: ``loss(model, batch)``, batches, a schedule, data to choose the best state by."""
-
-    loss: Callable[[nn.Module, Any], Tensor]
-    batches: Sequence[Any]
-    schedule: Schedule
-    validation: Sequence[Any] = ()
+from bitwright.train.training import Training
 
 
 @dataclass(frozen=True)
@@ -55,10 +41,7 @@ class Contenders:
 
     def check(self) -> None:
         """Raise now what would end the last version: `SearchError` for too little data and for other presets."""
-        if len(self.inputs) < 2:
-            raise SearchError(
-                f"mixed precision needs at least 2 calibration batches, got {len(self.inputs)}; split them"
-            )
+        split(self.inputs)
         choices_of(self._plan(self.presets[1]))
 
     def makers(self) -> dict[str, Callable[[], nn.Module]]:
@@ -91,33 +74,14 @@ class Contenders:
         return prepared
 
     def _mixed(self) -> nn.Module:
-        plan = self._plan(self.presets[1])
-        limit = plan_bytes(self.model, plan)
-        place = None if self.work is None else self.work / "harm.json"
-        harm = sensitivity(self.model, plan, self.inputs, choices_of(plan), work=place)
-        found = mixture(self.model, plan, one_item(self.inputs[0]), harm).allocate(Budget(bytes=limit))
-        return self._calibrated(
-            with_allocation(plan, found, f"chosen by allocation: least harm within {limit:,} bytes")
-        )
-
-
-def choices_of(plan: Plan) -> dict[str, list[str]]:
-    """Every weight with an integer spec, and that spec at all of `BITS`.
-
-    Raises `SearchError` for a plan without such weights.
-    """
-    found = {}
-    for site, spec in plan.sites.items():
-        if site.is_weight and spec is not None and re.match(r"int\d+/", str(spec)):
-            found[str(site)] = [re.sub(r"^int\d+", f"int{bits}", str(spec)) for bits in BITS]
-    if not found:
-        raise SearchError("mixed precision needs weights with integer specs, and the preset gives none; use w4a8, w4a4")
-    return found
-
-
-def one_item(batch: Any) -> Any:
-    """The first item of a batch of inputs."""
-    return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+        """The best plan of the narrow one's bytes as a whole on the last third of the inputs, calibrated on all."""
+        plan, (inputs, judge) = self._plan(self.presets[1]), split(self.inputs)
+        places = [None if self.work is None else self.work / name for name in ("harm.json", "trials")]
+        harm = sensitivity(self.model, plan, inputs, choices_of(plan), work=places[0])
+        choices = mixture(self.model, plan, one_item(inputs[0]), harm)
+        limit = Budget(bytes=plan_bytes(self.model, plan))
+        found = mixed(self.model, plan, inputs, choices, limit, judge=judge, work=places[1])
+        return self._calibrated(found.best.plan)
 
 
 def bit_operations(model: nn.Module, plan: Plan | None, example: Any) -> float:

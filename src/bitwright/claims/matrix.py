@@ -22,7 +22,7 @@ from bitwright.bench.measure import Ratio, measure, model_bytes
 from bitwright.bench.report import write_text
 from bitwright.claims import matrix_page
 from bitwright.claims.certify import equality
-from bitwright.claims.contenders import Contenders, Training, bit_operations, one_item
+from bitwright.claims.contenders import Contenders, bit_operations
 from bitwright.claims.paired import Paired, itself, paired
 from bitwright.claims.scores import Score, scores_of
 from bitwright.claims.splits import Inputs, digest_of_weights, first_entry, splits_of
@@ -31,8 +31,11 @@ from bitwright.flow.checkpoint import load, save
 from bitwright.flow.convert import convert
 from bitwright.flow.prepare import plan_of
 from bitwright.plan.step import Step
+from bitwright.search.mixed import one_item
+from bitwright.search.mixed_trials import split
+from bitwright.train.training import Training
 
-VERSION, STATE, FLOAT = 1, "state.json", "FP32"
+VERSION, STATE, FLOAT = 2, "state.json", "FP32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,8 @@ def matrix(
     """FP32, both presets after training, the narrow one trained (with ``training``), and mixed bits of its size.
 
     ``batches`` are calibration inputs, ``score(model, batch) -> [items]`` is asked for every batch of ``evaluation``,
-    which must hold no calibration or training item; ``inputs(batch)`` is what the model sees of such a batch.
+    which must hold no calibration or training item; ``inputs(batch)`` is what the model sees of such a batch. The last
+    third of ``batches`` judges the plans of the mixed row: 4 at least.
     ``steps`` are what calibration does beside choosing ranges. With ``work`` every finished row is kept in that folder,
     and the same call goes on after the last one. ``rounds`` of alternating runs on the first batch of ``evaluation``
     give the speed; 0 leaves it out. Raises `CertificateError` for items in two splits and for scores that are NaN or
@@ -163,11 +167,14 @@ def _made(
 
 def _notes(made: Contenders, items: int, first: Any, rounds: int) -> tuple[str, ...]:
     narrow, calibration = made.presets[1], sum(map(_count, made.inputs))
+    judging = sum(map(_count, split(made.inputs)[1]))
     steps = ", ".join(str(step) for step in made.steps) or "nearest codes"
     notes = [
         f"{items:,} items, on which nothing was chosen; drops are paired with FP32, with 95 % intervals.",
-        f"PTQ: {calibration:,} items to calibrate, {steps}. Mixed: weights of {narrow} at 2 to 8 bits, the least "
-        "summed harm (KL divergence of the outputs) within its bytes, without training.",
+        f"PTQ: {calibration:,} items to calibrate, {steps}. Mixed: weights of {narrow} at 2 to 8 bits within its "
+        f"bytes, without training. {narrow} itself and plans by the harm of single weights (KL divergence of the "
+        f"outputs) are calibrated on the other items; the one that does least harm as a whole on the last {judging:,} "
+        "is calibrated on all.",
     ]
     if made.training is None:
         notes.append("No training was asked for, so there is no row for it.")

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from bitwright.bench.report import write_text
 from bitwright.claims.certify import certify as certify_model
-from bitwright.claims.contenders import Training
 from bitwright.claims.matrix import matrix as compare_versions
 from bitwright.claims.splits import first_entry
 from bitwright.claims.verify import verify as verify_certificate
@@ -20,6 +19,7 @@ from bitwright.errors import BitwrightError
 from bitwright.flow.checkpoint import load
 from bitwright.search.sensitivity import Sensitivity
 from bitwright.train.schedule import Schedule
+from bitwright.train.training import Training
 from bitwright.userspec import batches_of, load_object, model_of, shipped_of
 
 console = Console()

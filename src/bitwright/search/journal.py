@@ -1,7 +1,8 @@
 """`Journal`: what a search has found so far, in memory and, where a folder is given, on disk.
 
 The folder holds ``state.json`` (what the search is about, and the outcome of every finished trial) and one checkpoint,
-the best model, in ``best-`` and the name of its trial. A checkpoint is written first, then the state that names it (to
+the best model, in ``best-`` and the name of its trial. What an outcome holds is the search's own business: a dataclass
+with a ``name``, of plain values. A checkpoint is written first, then the state that names it (to
 a temporary name, flushed, renamed), then the earlier checkpoint is removed: whenever the process is killed, the state
 on disk names a whole checkpoint.
 """
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
@@ -58,17 +59,29 @@ class Trial:
         return f"{text}, {self.bytes:,} bytes, {self.seconds:.1f} s" + (f" ({self.note})" if self.note else "")
 
 
-class Journal:
-    """Finished trials in their order, and the best model.
+class Named(Protocol):
+    """An outcome: a dataclass of plain values, its name among them."""
+
+    @property
+    def name(self) -> str:
+        """The name of the trial, unlike all others of its search."""
+        ...
+
+
+Outcome = TypeVar("Outcome", bound=Named)
+
+
+class Journal(Generic[Outcome]):
+    """Finished trials in their order, each a ``kind``, and the best model.
 
     Raises `CheckpointError` for a folder that holds something else, is damaged, or belongs to another search: the
     message names what differs.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], kind: type[Outcome]) -> None:
         self.folder, self.identity = folder, dict(identity)
-        self.trials: dict[str, Trial] = {}
-        self.best: Trial | None = None
+        self.trials: dict[str, Outcome] = {}
+        self.best: Outcome | None = None
         self._model: nn.Module | None = None
         if folder is None:
             return
@@ -77,14 +90,14 @@ class Journal:
             self._write()
         else:
             _check(state["identity"], json.loads(json.dumps(self.identity)), folder)
-            self.trials = {entry["name"]: Trial(**entry) for entry in state["trials"]}
+            self.trials = _outcomes(state, kind, folder)
             self.best = self.trials.get(state["best"])
         self._remove_leftovers()
 
     @property
     def place(self) -> Path | None:
         """The checkpoint of the best model."""
-        return None if self.folder is None or self.best is None else self.folder / _slug(self.best.name)
+        return None if self.folder is None or self.best is None else self.folder / f"best-{slug(self.best.name)}"
 
     def model(self, float_model: nn.Module) -> nn.Module:
         """The best model, from memory or from its checkpoint."""
@@ -93,7 +106,7 @@ class Journal:
             self._model = load(self.place, float_model)
         return self._model
 
-    def add(self, trial: Trial, model: nn.Module | None, *, is_best: bool) -> None:
+    def add(self, trial: Outcome, model: nn.Module | None = None, *, is_best: bool = False) -> None:
         """Note a finished trial; its model is kept if it is the best one."""
         self.trials[trial.name] = trial
         if is_best:
@@ -111,7 +124,7 @@ class Journal:
             "version": VERSION,
             "identity": self.identity,
             "best": None if self.best is None else self.best.name,
-            "trials": [asdict(trial) for trial in self.trials.values()],
+            "trials": [asdict(trial) for trial in self.trials.values()],  # type: ignore[call-overload]
         }
         part = self.folder / (STATE + ".part")
         try:
@@ -132,13 +145,13 @@ class Journal:
                 shutil.rmtree(entry)
 
 
-def _slug(name: str) -> str:
-    """A folder's name.
+def slug(name: str) -> str:
+    """The name of a trial as part of a file's name.
 
-    >>> _slug("gptq, 5 of 20 layers at 8 bits")
-    'best-gptq-5-of-20-layers-at-8-bits'
+    >>> slug("gptq, 5 of 20 layers at 8 bits")
+    'gptq-5-of-20-layers-at-8-bits'
     """
-    return "best-" + re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -154,18 +167,28 @@ def _read(folder: Path) -> dict[str, Any] | None:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["version"] != VERSION:
             raise ValueError(f"version {state['version']}, expected {VERSION}")
-        [Trial(**entry) for entry in state["trials"]]
         if state["best"] is not None and state["best"] not in [entry["name"] for entry in state["trials"]]:
             raise ValueError(f"its best trial {state['best']!r} is not among its trials")
         if not isinstance(state["identity"], dict):
             raise TypeError("identity is no table")
     except (ValueError, KeyError, TypeError, OSError) as cause:
-        raise CheckpointError(f"{path} is damaged or of another version: {cause}; delete the folder") from cause
+        raise CheckpointError(_damaged(path, cause)) from cause
     return state
 
 
+def _outcomes(state: dict[str, Any], kind: type[Outcome], folder: Path) -> dict[str, Outcome]:
+    try:
+        return {entry["name"]: kind(**entry) for entry in state["trials"]}
+    except (KeyError, TypeError) as cause:
+        raise CheckpointError(_damaged(folder / STATE, cause)) from cause
+
+
+def _damaged(path: Path, cause: Exception) -> str:
+    return f"{path} is damaged or of another version: {cause}; delete the folder"
+
+
 def _check(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    advice = "repeat the call that started it, or choose another folder"
+    advice = "repeat the call that started it, delete the folder, or choose another one"
     for name in dict.fromkeys((*old, *new)):
         was, now = old.get(name, "nothing"), new.get(name, "nothing")
         if was == now:

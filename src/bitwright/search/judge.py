@@ -140,7 +140,7 @@ class PairedJudge:
         total, answer, seen = 0.0, None, []
         for index in self.order:
             tick()
-            before, after = self._float(index), self._items(candidate, index)
+            before, after = self.before(index), self._items(candidate, index)
             if len(before) != len(after):
                 found = f"{len(after)} scores for batch {index}, and {len(before)} for the float model"
                 raise NumericsError(f"score(model, batch) returned {found}; it must return one per item")
@@ -162,7 +162,8 @@ class PairedJudge:
         hope = "no number of such items would show it" if needed is None else f"about {needed:,} such items would"
         return f"not decided by all {test.items:,} items; {hope}"
 
-    def _float(self, index: int) -> Tensor:
+    def before(self, index: int) -> Tensor:
+        """Scores of the float model on a batch, asked for once."""
         if index not in self.known:
             self.known[index] = self._items(self.model, index)
         return self.known[index]
@@ -185,7 +186,7 @@ class PairedJudge:
         return found
 
     def _check_repeatable(self) -> None:
-        again, first = self._items(self.model, 0), self._float(0)
+        again, first = self._items(self.model, 0), self.before(0)
         if not torch.equal(again, first):
             raise NumericsError(
                 "score(model, batch) gave two answers for one model and one batch; remove what is random in it "
@@ -205,7 +206,7 @@ class PairedJudge:
         assert needed is not None
         if len(self.known[0]) * len(self.batches) >= needed:
             return
-        found = sum(len(self._float(index)) for index in range(len(self.batches)))
+        found = sum(len(self.before(index)) for index in range(len(self.batches)))
         if found < needed:
             raise NumericsError(
                 f"max_drop={self.max_drop:g} needs at least {needed:,} items to be shown with {CONFIDENCE:.0%} "

@@ -154,7 +154,7 @@ def climb(
     does is given up; only the first always runs. Ctrl-C ends the climb likewise once there is a trial to return.
     """
     identity = _identity(task, rungs) | judge.identity()
-    ladder = _Ladder(task, judge, rungs, Journal(work, identity), time_budget, say)
+    ladder = _Ladder(task, judge, rungs, Journal(work, identity, Trial), time_budget, say)
     try:
         ladder.run()
         stopped = ""
@@ -191,7 +191,7 @@ class _Ladder:
         task: Task,
         judge: Judge,
         rungs: Sequence[Rung],
-        journal: Journal,
+        journal: Journal[Trial],
         budget: float | None,
         say: Callable[[str], None],
     ) -> None:

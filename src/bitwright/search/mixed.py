@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bitwright.costs.choices import Decided, combinations, decided, module_at, sharing
 from bitwright.costs.cost import Cost, Work, layer_cost, plan_bytes, work_of
@@ -21,6 +23,8 @@ from bitwright.search.budget import Allocation, Budget, Choice, Layer, summed
 from bitwright.search.dominance import Slower, slower
 from bitwright.search.front import pareto
 from bitwright.search.sensitivity import Sensitivity
+
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +156,24 @@ def with_allocation(plan: Plan, found: Allocation, reason: str = "") -> Plan:
         raise SearchError(f"{unknown[0]} is no site of the plan; use the plan that the harm was measured with")
     why = {Site.parse(site): reason or "chosen by allocation: the least harm within the budget" for site in found.sites}
     return replace(_replaced(plan, found.sites), why={**plan.why, **why})
+
+
+def choices_of(plan: Plan) -> dict[str, list[str]]:
+    """Every weight with an integer spec: that spec, and the same at all of `BITS`.
+
+    Raises `SearchError` for a plan without such weights.
+    """
+    found = {}
+    for site, spec in plan.sites.items():
+        own = re.match(r"int(\d+)/", str(spec))
+        if site.is_weight and own is not None:
+            widths = sorted({*BITS, int(own[1])})
+            found[str(site)] = [re.sub(r"^int\d+", f"int{bits}", str(spec)) for bits in widths]
+    if not found:
+        raise SearchError("mixed precision needs weights with integer specs, and the plan gives none; use w4a8, w4a4")
+    return found
+
+
+def one_item(batch: Any) -> Any:
+    """The first item of a batch of inputs."""
+    return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)

@@ -1,87 +1,42 @@
-"""`mixed`: plans of one budget, tried for real, the one that was planned among them; the least harmful is taken.
+"""`mixed`: plans tried as wholes, the one that was planned among them; the best one within the budget is taken.
 
 An allocation is the best one for *summed* harm, each measured alone. The whole is more or less than that sum: errors of
-several layers can cancel or reinforce each other. So a few plans are calibrated and the harm of the whole is measured,
+several layers can cancel or reinforce each other. So a few plans are calibrated and the drop of the whole is measured,
 on data that calibrated nothing:
 
-- the plan as it is, where it is within the budget: the answer does no more harm than that one on this data;
+- the plan as it is, where it is within the budget: the answer drops no more than that one on this data;
 - the allocation of least summed harm, right where errors of layers are independent (squares of errors add up);
 - the allocation of the least sum of roots, right where they all point the same way (errors add up);
-- points of the convex front of cost and summed harm, from end to end.
+- points of the convex front of cost and summed harm, from end to end;
+- under a limit on the drop: allocations whose summed harm is what `Curve`, from all plans so far, allows for it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
+import torch
 from torch import nn
 
 from bitwright.algorithms.pipeline import calibrate
 from bitwright.errors import SearchError
+from bitwright.flow.digest import digest
 from bitwright.flow.prepare import prepare
 from bitwright.graph.dataflow import call
 from bitwright.plan.plan import Plan
-from bitwright.search.budget import Allocation, Budget, keeps_to
+from bitwright.search.budget import Allocation, Budget
 from bitwright.search.mixed import Mixture, with_allocation
-from bitwright.search.sensitivity import Loss, harm_of_whole
+from bitwright.search.sensitivity import Loss
+from bitwright.search.tried import Mixed, Trials, Tried
+from bitwright.search.whole import Found, HarmJudge, Score, ScoreJudge, WholeJudge
 
 PLANNED, ALLOCATED, ROOTS = "as planned", "least summed harm", "least sum of roots"
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A plan that was calibrated: stored bytes, summed harm, harm of the whole.
-
-    ``harm`` is the mean over batches of the judging data, infinite where one of them gives no number, and ``error`` its
-    standard error; ``fits`` says whether the plan is within the budget.
-    """
-
-    name: str
-    plan: Plan
-    bytes: int
-    summed: float
-    harm: float
-    error: float
-    fits: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.bytes:,} bytes, harm {self.harm:.3g} +- {self.error:.1g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """All plans that were tried, from the fewest bytes on, the best one within the budget, and its calibrated model."""
-
-    tried: tuple[Tried, ...]
-    best: Tried
-    model: nn.Module
-    unit: str
-
-    @property
-    def front(self) -> tuple[Tried, ...]:
-        """Plans that no other one beats: each has less measured harm than all that are as small or smaller."""
-        found: list[Tried] = []
-        for one in sorted(self.tried, key=lambda one: (one.bytes, one.harm)):
-            if not found or one.harm < found[-1].harm:
-                found.append(one)
-        return tuple(found)
-
-    def table(self) -> Table:
-        """One row per plan; "on the front" are those that no plan as small or smaller beats."""
-        table = Table(title="Bits by layer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        table.add_column("plan")
-        for name in ("bytes", "summed", "measured", "+-", "front"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for one in self.tried:
-            name = one.name + (" (best)" if one is self.best else "" if one.fits else " (over the budget)")
-            on_front = "yes" if any(one is other for other in self.front) else "no"
-            table.add_row(name, f"{one.bytes:,}", f"{one.summed:.2e}", f"{one.harm:.2e}", f"{one.error:.0e}", on_front)
-        return table
+_LOOKS = 20  # allocations that are compared with those tried, between two trials
+_CLOSE = 1.02  # limits on summed harm as near as this are one limit
 
 
 def mixed(
@@ -94,51 +49,156 @@ def mixed(
     judge: Sequence[Any],
     method: str = "kl",
     loss: Loss | None = None,
+    score: Score | None = None,
+    score_range: tuple[float, float] = (0.0, 1.0),
+    minimize: str | None = None,
     forward: Callable[[nn.Module, Any], Any] = call,
     points: int = 3,
+    rounds: int = 4,
+    work: str | Path | None = None,
     say: Callable[[Tried], object] = lambda tried: None,
 ) -> Mixed:
-    """The plan within ``budget`` that does the least harm as a whole on ``judge``, of a few that are tried.
+    """The best plan within ``budget``, as a whole on ``judge``, of a few that are tried.
 
-    Never worse there than ``plan`` itself, if that is within the budget. ``batches`` calibrate; ``judge`` holds batches
-    of other data (for both see ``forward``). ``choices`` is the `Mixture` of ``plan``; ``method`` and ``loss`` are
-    those of `sensitivity`, without ``fisher``. ``points`` of the front are tried too, over the budget as well, so that
-    the table shows what more bytes would buy. Raises `SearchError` for a budget that nothing meets, for specs of
-    ``plan`` that are not among the choices, for fewer than 2 batches to judge by, and where no harm is finite.
+    The drop of a whole is its harm (``method`` and ``loss`` are those of `sensitivity`, without ``fisher``), or, with
+    ``score(model, batch) -> [items]`` within ``score_range``, the mean loss of score, paired with the float model.
+    ``Budget(drop=...)`` limits that drop: of harm the mean, of scores the upper bound (see `whole`). Then the plan of
+    the least ``minimize`` (by default bytes) that keeps to it is the answer, and up to ``rounds`` more plans are tried
+    to come near the limit. Without a limit the least drop is, never worse than ``plan`` if that is within the budget.
+
+    ``batches`` calibrate; ``judge`` holds batches of other data (for both see ``forward``). ``choices`` is the
+    `Mixture` of ``plan``. ``points`` of the front are tried too, over the budget as well, so that the table shows what
+    more bytes would buy. ``work`` is a folder that holds every tried plan, what was measured, and the best model; the
+    same call goes on there after the last trial. Each trial starts from the same random state of torch.
+
+    Raises `SearchError` for a budget that nothing meets, with the smallest drop that was measured, for specs of
+    ``plan`` that are not among the choices, for fewer than 2 batches to judge by (of scores, too few items), and where
+    no harm is finite; `NumericsError` for bad scores, `CheckpointError` for a folder of another search.
     """
-    harm, unit = harm_of_whole(model, judge, method, loss, forward)
-    trials: list[Tried] = []
-    best: tuple[Tried, nn.Module] | None = None
-    for name, candidate, known in _candidates(plan, choices, budget, points):
-        prepared = prepare(model, candidate)
+    minimize, held = _goal(minimize, budget), list(judge)
+    judges: WholeJudge = (
+        HarmJudge(model, held, method, loss, forward)
+        if score is None
+        else ScoreJudge(model, held, score, score_range, budget.drop, plans=3 + points + rounds)
+    )
+
+    def measured(candidate: Plan) -> tuple[nn.Module, Found]:
+        prepared = calibrated(model, candidate, batches, forward)
+        return prepared, judges(prepared)
+
+    identity = _identity(model, plan, batches, choices, budget) | {
+        "goal": f"least {minimize}, {points} points, {rounds} rounds",
+        **judges.identity(),
+    }
+    trials = Trials(None if work is None else Path(work), identity, budget, minimize, measured, say)
+    candidates = _candidates(plan, choices, budget, points, minimize)
+    found = {name: trials.add(name, candidate, known) for name, candidate, known in candidates}
+    if minimize != "harm" and found[ALLOCATED].holds:  # else no other one within the costs will
+        _approach(trials, plan, choices, rounds)
+    return trials.answer(model, judges.unit)
+
+
+def _goal(minimize: str | None, budget: Budget) -> str:
+    if minimize is None:
+        return "harm" if math.isinf(budget.drop) else "bytes"
+    if minimize != "harm" and math.isinf(budget.drop):
+        raise SearchError(f"the least {minimize} without a limit on the drop is the worst plan; give Budget(drop=...)")
+    return minimize
+
+
+def calibrated(
+    model: nn.Module, plan: Plan, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Any] = call
+) -> nn.Module:
+    """A prepared and calibrated model; torch's random numbers start anew, so that it is the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prepared = prepare(model, plan)
         calibrate(prepared, batches, forward=forward)
-        values = harm(prepared)
-        found = values.mean().item(), values.std().item() / math.sqrt(len(values))
-        found = found if math.isfinite(found[0]) else (math.inf, math.inf)
-        one = Tried(name, candidate, int(known.cost.bytes), known.harm, *found, keeps_to(known, budget))
-        say(one)
-        trials.append(one)
-        if one.fits and (best is None or one.harm < best[0].harm):
-            best = one, prepared
-    assert best is not None
-    if math.isinf(best[0].harm):
-        raise SearchError("the harm of no plan is finite on every batch; look at the loss and at the data")
-    return Mixed(tuple(sorted(trials, key=lambda one: one.bytes)), *best, unit)
+    return prepared
 
 
-def _candidates(plan: Plan, choices: Mixture, budget: Budget, points: int) -> list[tuple[str, Plan, Allocation]]:
-    """Names, plans and their allocations, each plan once."""
-    chosen = choices.allocate(budget)
-    found = [(PLANNED, plan), (ALLOCATED, with_allocation(plan, chosen))]
-    if math.isinf(budget.drop):  # a limit on harm says nothing of its roots
-        found.append((ROOTS, with_allocation(plan, _with_roots(choices).allocate(budget))))
-    front = choices.front()
+def _identity(model: nn.Module, plan: Plan, batches: Sequence[Any], choices: Mixture, budget: Budget) -> dict[str, Any]:
+    """What a stored search must have in common with this one, beside its judge and goal."""
+    return {
+        "model": f"{type(model).__name__} {digest(model.state_dict())}",
+        "plan": plan.to_toml().splitlines(),
+        "calibration data": f"{len(batches)} batches {digest(list(batches))}",
+        "choices": [f"{', '.join(at.sites)}: {choice}" for at in choices.layers for choice in at.choices],
+        "budget": [f"{name} {limit:g}" for name, limit in budget.limits().items()],
+    }
+
+
+def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Batches that calibrate and measure harm, and the last third (2 at least), which judges wholes.
+
+    Raises `SearchError` for fewer than 4, as both need 2 for their standard errors.
+
+    >>> split(range(7))
+    ([0, 1, 2, 3, 4], [5, 6])
+    """
+    batches = list(batches)
+    count = max(2, len(batches) // 3)
+    if len(batches) - count < 2:
+        raise SearchError(
+            f"mixed precision needs at least 4 calibration batches, got {len(batches)}: 2 measure harm and calibrate, "
+            "2 others judge what comes of it; split them"
+        )
+    return batches[:-count], batches[-count:]
+
+
+def _candidates(
+    plan: Plan, choices: Mixture, budget: Budget, points: int, minimize: str
+) -> list[tuple[str, Plan, Allocation]]:
+    """Names, plans and their allocations; a limit on the drop is left to measurement."""
+    costs = replace(budget, drop=math.inf)
+    found = [(ALLOCATED, choices.allocate(costs))]
+    if minimize == "harm":
+        found.append((ROOTS, _with_roots(choices).allocate(costs)))
+    front = choices.front("bytes" if minimize in ("harm", "peak_memory") else minimize)
     for at in dict.fromkeys(round(i * (len(front) - 1) / max(points - 1, 1)) for i in range(points)):
-        found.append((f"front, {at + 1} of {len(front)}", with_allocation(plan, front[at])))
-    sites = [candidate.sites for _, candidate in found]
-    return [(*one, choices.of(one[1])) for at, one in enumerate(found) if sites[at] not in sites[:at]]
+        found.append((f"front, {at + 1} of {len(front)}", front[at]))
+    plans = [(PLANNED, plan), *((name, with_allocation(plan, known)) for name, known in found)]
+    return [(name, candidate, choices.of(candidate)) for name, candidate in plans]
 
 
 def _with_roots(choices: Mixture) -> Mixture:
     layers = [replace(at, choices=tuple(replace(c, harm=c.harm**0.5) for c in at.choices)) for at in choices.layers]
     return replace(choices, layers=tuple(layers))
+
+
+def _approach(trials: Trials, plan: Plan, choices: Mixture, rounds: int) -> None:
+    """Try the cheapest allocations within limits on summed harm that close in on the limit of the drop.
+
+    ``low`` is the largest sum up to which the cheapest allocation is known to hold, ``high`` the smallest sum above it
+    of a plan that does not.
+    """
+    budget = trials.budget
+    low = max((one.summed for one in trials.all if one.holds and one.name != PLANNED), default=0.0)
+    high = min((one.summed for one in trials.all if not one.holds and one.summed > low), default=math.inf)
+    for at in range(rounds):
+        for _ in range(_LOOKS):
+            if high <= _CLOSE * low or high == 0:
+                return
+            limit = _between(trials.bounds.limit(budget.drop), low, high)
+            known = choices.allocate(replace(budget, drop=limit), minimize=trials.minimize)
+            candidate = with_allocation(plan, known)
+            one = trials.of(candidate)
+            if one is None:
+                break
+            if one.holds and math.isinf(limit):
+                return
+            low, high = (max(low, limit), high) if one.holds else (low, min(high, known.harm))
+        else:
+            return
+        one = trials.add(f"round {at + 1}", candidate, known)
+        low, high = (max(low, limit), high) if one.holds else (low, min(high, one.summed))
+
+
+def _between(wanted: float, low: float, high: float) -> float:
+    """The limit to try next: what is wanted, a tenth (of the ratio) inside of what is known."""
+    if math.isinf(high):
+        return wanted if wanted > low * _CLOSE else math.inf
+    if low <= 0:
+        return wanted if 0 < wanted < high else high / 2
+    step = (high / low) ** 0.1
+    return min(max(wanted, low * step), high / step)
