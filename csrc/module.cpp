@@ -219,6 +219,13 @@ NB_MODULE(_native, m) {
     m.def("conv2d", &conv2d_call, Release());
     m.def("encode_images", &encode_images_call, Release());
     m.def("add_images", &add_images_call, Release());
+    m.def(
+        "max_pool",
+        [](uintptr_t x, int64_t n, int64_t h, int64_t w, int64_t c, int64_t kh, int64_t kw, int64_t stride_h,
+           int64_t stride_w, int64_t pad_h, int64_t pad_w, uintptr_t y, int threads) {
+            max_pool({at<const uint8_t>(x), n, h, w, c, kh, kw, stride_h, stride_w, pad_h, pad_w, at<uint8_t>(y), threads});
+        },
+        Release());
     m.def("add", &add_call, Release());
     m.def(
         "centred_codes",

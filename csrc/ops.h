@@ -141,6 +141,16 @@ void conv2d(const Conv& args);
 void encode_images(int isa, const float* x, int64_t n, int64_t c, int64_t h, int64_t w, const int64_t (&x_stride)[4],
                    const Bytes& to, int threads);
 
+// The largest byte of every window of images [n, h, w, c]; pixels outside never win.
+struct Pool {
+    const uint8_t* x;
+    int64_t n, h, w, c, kh, kw, stride_h, stride_w, pad_h, pad_w;
+    uint8_t* y;  // [n, ho, wo, c]
+    int threads;
+};
+
+void max_pool(const Pool& args);
+
 struct Addend {
     const float* x;
     float scale, zero;

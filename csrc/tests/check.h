@@ -82,6 +82,7 @@ void test_decoded(int64_t cases);
 void test_panels(int64_t cases);
 void test_conv(int64_t cases);
 void test_add(int64_t cases);
+void test_pool(int64_t cases);
 void test_codes(int64_t cases);
 void test_straight_through(int64_t cases);
 void test_moments(int64_t cases);

@@ -16,7 +16,7 @@ int main(int argc, char** argv) {
     } tests[] = {
         {"linear", test_linear},     {"grouped linear", test_grouped}, {"decoded linear", test_decoded},
         {"panels", test_panels},     {"conv2d", test_conv},            {"add", test_add},
-        {"codes", test_codes},       {"gradients", test_straight_through}, {"moments", test_moments},
+        {"pool", test_pool},         {"codes", test_codes},       {"gradients", test_straight_through}, {"moments", test_moments},
     };
     for (const auto& test : tests) {
         test.run(cases);

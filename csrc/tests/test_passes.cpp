@@ -1,5 +1,6 @@
 // Sums of quantized tensors and the elementwise passes of a training step: codes equal the definition, gradients and
 // moments are the same bits on every instruction set and for every number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -45,6 +46,29 @@ void test_add(int64_t cases) {
                 {bytes.data(), e.scale, e.zero, e.range, -INFINITY, INFINITY}, threads(random));
             expect_same(bytes, bytes_of(wanted, e), std::string("add of bytes on ") + isa.name);
         }
+    }
+}
+
+void test_pool(int64_t cases) {
+    Random random(10);
+    for (int64_t i = 0; i < cases; ++i) {
+        const int64_t n = random.between(0, 3), h = random.between(3, 20), w = random.between(3, 20), c = random.between(1, 70);
+        const int64_t kh = random.between(1, 3), kw = random.between(1, 3), sh = random.between(1, 4), sw = random.between(1, 4);
+        const int64_t ph = random.between(0, kh / 2), pw = random.between(0, kw / 2);
+        const int64_t ho = (h + 2 * ph - kh) / sh + 1, wo = (w + 2 * pw - kw) / sw + 1;
+        Buffer<uint8_t> x(n * h * w * c, random), wanted(n * ho * wo * c, random), y(n * ho * wo * c, random);
+        for (int64_t j = 0; j < x.size(); ++j) x[j] = static_cast<uint8_t>(random.between(0, 255));
+        for (int64_t j = 0; j < wanted.size(); ++j) {
+            const int64_t pixel = j / c, row = pixel / wo % ho * sh - ph, column = pixel % wo * sw - pw;
+            wanted[j] = 0;
+            for (int64_t k = 0; k < kh * kw; ++k) {
+                const int64_t at_y = row + k / kw, at_x = column + k % kw;
+                if (at_y < 0 || at_y >= h || at_x < 0 || at_x >= w) continue;
+                wanted[j] = std::max(wanted[j], x[((pixel / wo / ho * h + at_y) * w + at_x) * c + j % c]);
+            }
+        }
+        max_pool({x.data(), n, h, w, c, kh, kw, sh, sw, ph, pw, y.data(), threads(random)});
+        expect_same(y, wanted, "max_pool");
     }
 }
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import bitwright as bw
 from bitwright.kernels import cpu, images
-from bitwright.kernels.images import Encoding, Request
+from bitwright.kernels.images import Encoding, Request, Window
 from bitwright.lowbit.deferred import Deferred
 from bitwright.numerics.affine import encode
 from bitwright.numerics.spec import QParams, QuantSpec
@@ -69,6 +69,14 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu of hardtanh": lambda x: F.hardtanh(x, -0.25, 0.5).relu(),
     "gelu": F.gelu,
     "pooling": lambda x: F.max_pool2d(F.relu(x), 2),
+    "relu after pooling": lambda x: F.relu(F.max_pool2d(x, 3, 2, 1)),
+    "pooling that overlaps": lambda x: nn.MaxPool2d((3, 2), (1, 2), (1, 0))(F.relu6(x)),
+    "pooling twice": lambda x: F.max_pool2d(F.max_pool2d(x, 2, stride=1), kernel_size=[2]),
+    "pooling with dilation": lambda x: F.max_pool2d(x, 2, dilation=2),
+    "pooling with ceil_mode": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
+    "indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    "pooling and all": lambda x: F.max_pool2d(F.relu(x), 3, 1, 1) + x,
+    "pooling, then in place": lambda x: F.relu(F.max_pool2d(x, 3, 1, 1)) + x.mul_(0.5),
     "before and after": lambda x: x * 0.5 + F.relu(x),
     "numpy": keep_an_item,
     "in place": change_in_place,
@@ -92,21 +100,23 @@ def test_what_lies_between_two_layers_does_not_matter(name: str) -> None:
 class Residual(nn.Module):
     """A block whose result two quantizers read: that of a convolution and that of a sum."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: bool) -> None:
         super().__init__()
         self.stem, self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.pool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
+        x = self.pool(F.relu(self.stem(x)))
         return self.head(F.relu(x + self.body(x)))
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("change", [1.0, 1.5])
-def test_a_result_for_several_quantizers(change: float) -> None:
+def test_a_result_for_several_quantizers(change: float, pool: bool) -> None:
     """Equal ones share the bytes, different ones get float32."""
     torch.manual_seed(0)
     x = images_of(1, 2, 3, 9, 7)
-    simulated, shipped = both(Residual(), x)
+    simulated, shipped = both(Residual(pool), x)
     state = shipped.state_dict()
     state["body.input_scale"] = state["body.input_scale"] * change
     shipped.load_state_dict(state)
@@ -117,7 +127,8 @@ def test_a_result_for_several_quantizers(change: float) -> None:
             assert torch.equal(shipped(x), at_once(x))
         assert torch.equal(copy.deepcopy(shipped)(x), at_once(x))
     stem: Any = shipped.get_submodule("stem")
-    assert len(stem.asked) == (1 if change == 1.0 else 2)
+    asked = next(iter(stem.asked.pooled.values())) if pool else stem.asked
+    assert len(asked.requests) == (1 if change == 1.0 else 2)
 
 
 def test_a_layer_alone_answers_later_and_is_not_misled() -> None:
@@ -169,6 +180,32 @@ def test_bytes_are_codes(
     codes = encode(x.clamp(low, high), known, qparams).permute(0, 2, 3, 1)
     shift = 128 if encoding.qmin < 0 else 0
     assert torch.equal(found[..., :c].to(torch.int16) - shift, codes.to(torch.int16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(3, 9), st.integers(3, 9)),
+    kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 99),
+)
+def test_largest_bytes(
+    sizes: tuple[int, ...], kernel_size: tuple[int, int], stride: tuple[int, int], seed: int
+) -> None:
+    x = torch.randint(0, 256, sizes, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    window = Window(kernel_size, stride, (kernel_size[0] // 2, kernel_size[1] // 2))
+    found = images.max_pool(x.permute(0, 2, 3, 1).contiguous(), window)
+    assert torch.equal(found.permute(0, 3, 1, 2).float(), F.max_pool2d(x.float(), *window))
+
+
+@pytest.mark.parametrize("options", [{"padding": 2}, {"kernel_size": 9}, {"stride": (0, 1)}, {"padding": -1}])
+def test_pooling_that_torch_refuses(options: Any) -> None:
+    torch.manual_seed(0)
+    _, shipped = both(Net(F.relu), images_of(1, 1, 3, 6, 6))
+    later = shipped.get_submodule("first")(images_of(1, 1, 3, 6, 6))
+    pool: Any = nn.MaxPool2d(**{"kernel_size": 3, **options})
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"(?i)pad|output size|stride"):
+        pool(later)
 
 
 def test_a_gradient_that_ends_here_is_not_silent() -> None:

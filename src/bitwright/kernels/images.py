@@ -38,6 +38,14 @@ class Request(NamedTuple):
     high: float
 
 
+class Window(NamedTuple):
+    """The geometry of a pooling, (height, width) each."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
 def encoding_of(input: Activation | None) -> Encoding | None:
     """The encoding of a layer's input; None where it is not static with one scale and at most 8 bits.
 
@@ -104,6 +112,31 @@ def add(a: Tensor, b: Tensor, shape: tuple[int, ...], left: Encoding, right: Enc
         0 if request.encoding else out.data_ptr(), _bytes(out, request), torch.get_num_threads(),
     )  # fmt: skip
     return out if request.encoding else _bounded(out if out.shape[1] == c else out[:, :c].clone(), request)
+
+
+def max_pool(images: Tensor, window: Window) -> Tensor:
+    """The largest byte of every window: the bytes of max-pooled images, as larger values have no smaller bytes."""
+    n, h, w, pixel = images.shape
+    ho, wo = pooled_size((h, w), window)
+    out = torch.empty((n, ho, wo, pixel), dtype=torch.uint8)
+    cpu.native.max_pool(
+        images.data_ptr(), n, h, w, pixel, *window.kernel_size, *window.stride, *window.padding, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pooled_size(size: tuple[int, int], window: Window) -> tuple[int, int]:
+    """Height and width of pooled images.
+
+    >>> pooled_size((112, 112), Window((3, 3), (2, 2), (1, 1)))
+    (56, 56)
+    """
+    height, width = (
+        (length + 2 * pad - kernel) // stride + 1
+        for length, kernel, stride, pad in zip(size, window.kernel_size, window.stride, window.padding, strict=True)
+    )
+    return height, width
 
 
 def _result(sizes: tuple[int, ...], request: Request) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.kernels.conv_sizes import conv2d_sizes
-from bitwright.kernels.images import Request, encoding_of, filters_of
+from bitwright.kernels.images import encoding_of, filters_of
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation
-from bitwright.lowbit.deferred import Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
+from bitwright.lowbit.deferred import Asked, Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.numerics.qtensor import QTensor
 
@@ -39,7 +39,7 @@ class LowbitConv(LowbitLayer):
         self.groups = geometry.groups
         self.geometry, self.prepad, self.spatial = geometry, prepad, len(weight.shape) - 2
         super().__init__(weight, bias, input, features)
-        self.asked: set[Request] = set()
+        self.asked = Asked()
         self.register_load_state_dict_post_hook(_gather_again)
 
     def lay_out(self, weight: QTensor, *, copied: bool = False) -> None:

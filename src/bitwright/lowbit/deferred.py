@@ -9,7 +9,7 @@ the model's Python code does in between: only speed depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,27 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from bitwright.kernels import images
-from bitwright.kernels.images import Encoding, Request
+from bitwright.kernels.images import Encoding, Request, Window, pooled_size
 
 _UNBOUNDED = (-torch.inf, torch.inf)
+
+
+class Asked:
+    """A layer's memory of what its results were asked for, and the same of their poolings."""
+
+    def __init__(self) -> None:
+        self.requests: set[Request] = set()
+        self.pooled: dict[Window, Asked] = {}
 
 
 class Call:
     """One pending run of a layer: ``produce(request)`` computes bytes or float32.
 
-    ``asked`` is the layer's memory of what its results are asked for. Where that differs, as for a result that two
-    quantizers read, float32 is computed once and serves all.
+    Where results were asked for in different ways, as those that two quantizers read, float32 is computed once and
+    serves all.
     """
 
-    def __init__(self, produce: Callable[[Request], Tensor], asked: set[Request]) -> None:
+    def __init__(self, produce: Callable[[Request], Tensor], asked: Asked) -> None:
         self.produce, self.asked = produce, asked
         self.base: Tensor | None = None
         self.found: dict[Request, Tensor] = {}
@@ -51,8 +59,8 @@ class Call:
         return shared.clone() if (low, high) == _UNBOUNDED else shared.clamp(low, high)
 
     def _shared(self, request: Request) -> Tensor | None:
-        self.asked.add(request)
-        if len(self.asked) > 1 and self.base is None:
+        self.asked.requests.add(request)
+        if len(self.asked.requests) > 1 and self.base is None:
             self.base = self.produce(Request(None, *_UNBOUNDED))
         return self.base
 
@@ -98,19 +106,33 @@ class Deferred(Tensor):
         self.low, self.high = low, high
         return self
 
+    def pooled(self, window: Window) -> Deferred:
+        """This tensor max-pooled, still without values: bounds and encodings are monotone, so bytes can be pooled."""
+        n, c, *size = self.sizes
+        low, high, call = self.low, self.high, self.call
+
+        def produce(request: Request) -> Tensor:
+            bounds = (min(max(bound, request.low), request.high) for bound in (low, high))
+            if request.encoding is None:
+                return F.max_pool2d(call.values(*bounds), *window)
+            return images.max_pool(call.bytes(Request(request.encoding, *bounds)), window)
+
+        asked = call.asked.pooled.setdefault(window, Asked())
+        return Deferred(Call(produce, asked), (n, c, *pooled_size((size[0], size[1]), window)))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         """That of the values."""
         return repr(self.settled())
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Bounds are noted, questions about shape and type answered; everything else gets the values."""
+        """Bounds and poolings are noted, questions about shape and type answered; everything else gets the values."""
         kwargs = kwargs or {}
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _BOUNDS and args and isinstance(args[0], Deferred):
-            return _BOUNDS[func](*args, **kwargs)
+        if func in _STAY_DEFERRED and args and isinstance(args[0], Deferred):
+            return _STAY_DEFERRED[func](*args, **kwargs)
         return func(*settle(args), **settle(kwargs))
 
     @classmethod
@@ -170,7 +192,32 @@ def _relu6(x: Deferred, inplace: bool = False) -> Tensor:
     return x.bounded(0.0, 6.0, inplace)
 
 
-_BOUNDS: dict[Any, Callable[..., Tensor]] = {
+def _max_pool2d(
+    x: Deferred, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:  # fmt: skip
+    window = Window(_pair(kernel_size), _pair(stride or kernel_size), _pair(padding))
+    plain = _pair(dilation) == (1, 1) and not ceil_mode and not return_indices
+    if x.value is None and plain and _possible(window, x.sizes):
+        return x.pooled(window)
+    return F.max_pool2d(x.settled(), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Height and width, as torch reads them: one number or a sequence of one or two."""
+    first, *rest = value if isinstance(value, Sequence) else [value]
+    return first, rest[0] if rest else first
+
+
+def _possible(window: Window, sizes: tuple[int, ...]) -> bool:
+    """Whether torch pools such images and does not raise an error that it words itself."""
+    kernels, strides, pads = window
+    inside = all(0 <= 2 * pad <= kernel for pad, kernel in zip(pads, kernels, strict=True))
+    return inside and min(strides) > 0 and min(pooled_size((sizes[2], sizes[3]), window)) > 0
+
+
+_STAY_DEFERRED: dict[Any, Callable[..., Any]] = {
+    F.max_pool2d: _max_pool2d,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), lambda x: _relu(x, inplace=True)),
     F.hardtanh: _hardtanh,

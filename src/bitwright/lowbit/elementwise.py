@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bitwright.kernels import table
 from bitwright.kernels.device import device_features
-from bitwright.kernels.images import Request, encoding_of
+from bitwright.kernels.images import encoding_of
 from bitwright.kernels.row import Activation
-from bitwright.lowbit.deferred import Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
+from bitwright.lowbit.deferred import Asked, Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
 from bitwright.numerics.spec import QParams
 
 
@@ -35,7 +35,7 @@ class LowbitAdd(nn.Module):
                 f"input_zero_point_{number}", None if zero_point is None else zero_point.detach().clone()
             )
         self._select(features)
-        self.asked: set[Request] = set()
+        self.asked = Asked()
 
     def _select(self, features: frozenset[str]) -> None:
         self.kernel = table.select("add", self.input_specs[0], self.input_specs[1], (), features)
