@@ -1,7 +1,7 @@
 """bitwright: from a trained PyTorch model to a low-bit model that is, bit for bit, the one you trained.
 
 The straight line: `Plan` -> `prepare` -> `calibrate` -> `train` -> `convert` -> `save` / `export`; or all of it in one
-call, `quantize_model`.
+call: `quantize_model`, or `mix_model` with bits that differ by layer.
 """
 
 from bitwright.algorithms.pipeline import calibrate
@@ -22,6 +22,7 @@ from bitwright.flow.evaluate import compare, evaluate, item_scores, paired_drop
 from bitwright.flow.prepare import prepare
 from bitwright.graph.calls import Add, Attention, Cat, MatMul
 from bitwright.graph.dataflow import record
+from bitwright.joint import mix_model
 from bitwright.nn.swap import register_module
 from bitwright.numerics.qtensor import QTensor, dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
@@ -70,6 +71,7 @@ __all__ = [
     "matrix",
     "measure",
     "measure_machine",
+    "mix_model",
     "mixture",
     "paired_drop",
     "param_groups",
