@@ -50,12 +50,12 @@ Tensor linear_operator(Tensor x, Tensor weight, Tensor weight_scale, Maybe weigh
             refuse("weight_sum must be ", n, " int32");
         }
         const Tensor w_scale = parameter(weight_scale, {n}, "weight_scale");
-        const Maybe w_sum = weight_sum ? Maybe(dense(*weight_sum)) : Maybe();
+        if (weight_sum) weight_sum = dense(*weight_sum);
         const Maybe b = parameter(bias, {n}, "bias");
         const Scales s = scales_of(scale, zero_point, p.rows);
         check_layout(weight, linear_layout_bytes(bits, n, p.k));
         linear({narrow(isa), narrow(bits), in<float>(p.x), p.rows, p.k, n, in<float>(s.scale), in<float>(s.zero),
-                s.stride, !scale, {qmin, qmax}, in<uint8_t>(weight), in<float>(w_scale), in<int32_t>(w_sum),
+                s.stride, !scale, {qmin, qmax}, in<uint8_t>(weight), in<float>(w_scale), in<int32_t>(weight_sum),
                 in<float>(b), out(p.y), threads(), 0});
         return p.y;
     });
@@ -81,6 +81,9 @@ Tensor grouped_linear_operator(Tensor x, Tensor weight, Tensor weight_scale, May
                                int64_t qmax, int64_t isa) {
     return named("grouped_linear", [&] {
         const Product p = product_of(x, outputs);
+        if (scale && scale->numel() != 1 && scale->numel() != p.rows) {
+            refuse(scale->numel(), " scales and their zero points do not fit ", p.rows, " rows");
+        }
         const Scales s = scales_of(scale, zero_point, p.rows);
         check_grouped(weight, weight_scale, weight_sum, bias, outputs, p.k, group_size, bits);
         linear({narrow(isa), narrow(bits), in<float>(p.x), p.rows, p.k, outputs, in<float>(s.scale),
