@@ -214,3 +214,18 @@ def test_a_gradient_that_ends_here_is_not_silent() -> None:
     _, shipped = both(Net(F.relu), x)
     with pytest.warns(UserWarning, match=r"bitwright::conv2d: an autograd kernel was not registered"):
         shipped(x.requires_grad_()).sum().backward()
+
+
+def test_a_sum_follows_the_scales_that_are_loaded() -> None:
+    torch.manual_seed(0)
+    x = images_of(1, 2, 3, 9, 7)
+    simulated, shipped = both(Residual(pool=False), x)
+    state = shipped.state_dict()
+    for name in [name for name in state if "input_scale_" in name]:
+        state[name] = state[name] * 3
+    shipped.load_state_dict(state)
+    at_once = bw.convert(simulated, features=frozenset())
+    at_once.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(shipped(x), at_once(x))
+        assert not torch.equal(shipped(x), simulated(x))

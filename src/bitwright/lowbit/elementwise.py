@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from bitwright.kernels import table
 from bitwright.kernels.device import device_features
-from bitwright.kernels.images import encoding_of
+from bitwright.kernels.images import Encoding, encoding_of
 from bitwright.kernels.row import Activation
 from bitwright.lowbit.deferred import Asked, Call, Deferred, bytes_of, may_wait, ordinary, sizes_of
 from bitwright.numerics.spec import QParams
@@ -36,6 +36,7 @@ class LowbitAdd(nn.Module):
             )
         self._select(features)
         self.asked = Asked()
+        self._gather()
 
     def _select(self, features: frozenset[str]) -> None:
         self.kernel = table.select("add", self.input_specs[0], self.input_specs[1], (), features)
@@ -45,7 +46,19 @@ class LowbitAdd(nn.Module):
         super()._apply(fn, recurse)
         if self.input_scale_0.device.type not in (before, "meta"):
             self._select(device_features(self.input_scale_0.device))
+        self._gather()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._gather()
+
+    def _gather(self) -> None:
+        """The encodings of both inputs as the kernel for images takes them; None where it cannot serve."""
+        self.encodings: tuple[Encoding, Encoding] | None = None
+        if self.kernel.run_images is not None and not self.input_scale_0.is_meta:
+            left, right = (encoding_of(input) for input in self.inputs)
+            self.encodings = None if left is None or right is None else (left, right)
 
     @property
     def inputs(self) -> tuple[Activation, Activation]:
@@ -57,12 +70,13 @@ class LowbitAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Sum of two tensors of one shape, float32; of images that other layers deferred a `Deferred`."""
-        if (type(a) is Deferred or type(b) is Deferred) and may_wait(a) and may_wait(b) and sizes_of(a) == sizes_of(b):
-            left, right = (encoding_of(input) for input in self.inputs)
-            if self.kernel.run_images is not None and left is not None and right is not None:
-                sides = bytes_of(a, left), bytes_of(b, right)
-                produce = partial(self.kernel.run_images, *sides, sizes_of(a), left, right)
-                return Deferred(Call(produce, self.asked), sizes_of(a))
+        waits = (type(a) is Deferred or type(b) is Deferred) and may_wait(a) and may_wait(b)
+        if waits and self.encodings is not None and sizes_of(a) == sizes_of(b):
+            assert self.kernel.run_images is not None
+            left, right = self.encodings
+            sides = bytes_of(a, left), bytes_of(b, right)
+            produce = partial(self.kernel.run_images, *sides, sizes_of(a), left, right)
+            return Deferred(Call(produce, self.asked), sizes_of(a))
         return self.kernel.run(ordinary(a), ordinary(b), *self.inputs)
 
     def extra_repr(self) -> str:
