@@ -57,8 +57,8 @@ Conv deep_geometry(Random& random) {
     a.c = a.groups * random.between(120, 200);
     a.o = a.groups * random.between(150, 250);
     a.kh = a.kw = 3;
-    a.h = 2 * a.dil_h + 1 + random.between(0, 2);
-    a.w = 2 * a.dil_w + 1 + random.between(0, 2);
+    a.h = 2 * a.dil_h + 1 + random.between(0, 5);
+    a.w = 2 * a.dil_w + 1 + random.between(0, 5);
     a.pad_h = a.pad_w = 0;
     return a;
 }

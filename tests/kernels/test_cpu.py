@@ -407,7 +407,7 @@ def test_threads_do_not_change_results() -> None:
     g = gen(5)
     codes, scale, _ = weights((200, 512), 4, g)
     x = torch.randn(100, 512, generator=g)
-    s, deep = CONVS["large"], CONVS["deep"]
+    s, deep = CONVS["large"], replace(CONVS["deep"], o=640, image=(20, 20))
     case, packed = conv_case(s, g), conv_case(deep, g, 3)
     results = []
     before = torch.get_num_threads()
