@@ -34,7 +34,10 @@ from bitwright.flow.checkpoint import PLAN, TENSORS, load, read_tensors, save
 from bitwright.flow.convert import convert
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
+from bitwright.plan.site import matching
+from bitwright.plan.target import spelled
 from bitwright.search.budget import Budget
 from bitwright.search.journal import Journal
 from bitwright.search.mixed import choices_of, mixture, one_item
@@ -103,14 +106,15 @@ def mix_model(
     if judge is None and score is not None:
         raise SearchError("score(model, batch) needs judge=batches of what it takes, kept apart from calibration")
     inputs, held = split(batches) if judge is None else (list(batches), list(judge))
+    specs = choices_of(plan) if specs is None else specs
+    _check_specs(plan, specs)
     if training is not None:
         _check_loss(model, training)
     stages = _Stages(Path(work), _identity(model, plan, inputs, method), say)
 
     def search() -> Mixed:
         harm = sensitivity(
-            model, plan, inputs, choices_of(plan) if specs is None else specs, method=method, loss=loss,
-            forward=forward, work=stages.folder / HARM,
+            model, plan, inputs, specs, method=method, loss=loss, forward=forward, work=stages.folder / HARM,
             say=lambda row: say(f"harm: {row.site} as {row.spec}: {row.harm:.3g} +- {row.error:.1g}"),
         )  # fmt: skip
         item = one_item(inputs[0]) if example is None else example
@@ -130,6 +134,20 @@ def mix_model(
         last, history = _trained(stages, model, last, training, score)
     shipped = stages.made(SHIPPED, {last.name: _content(last)}, lambda path: _ship(model, last, path))
     return Mix(load(shipped, model).eval(), chosen, trials, history, stages.folder)
+
+
+def _check_specs(plan: Plan, specs: Specs) -> None:
+    """The plan itself is among those tried, so its own specs are choices."""
+    found = {
+        site: [str(QuantSpec.parse(t)) for t in texts] for p, texts in specs.items() for site in matching(p, plan.sites)
+    }
+    for site, texts in found.items():
+        own = spelled(plan.sites[site])
+        if own not in texts:
+            raise SearchError(
+                f"{site} is {own} in the plan, and its choices are {', '.join(texts)}; add {own}, choose patterns "
+                "that leave the site out, or give it one of the choices in the plan"
+            )
 
 
 def _check_loss(model: nn.Module, training: Training) -> None:

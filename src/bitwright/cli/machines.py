@@ -34,7 +34,7 @@ def measure_machine(
     seconds: Annotated[float, typer.Option(help="longest time for one choice of one layer")] = 1.0,
 ) -> None:
     """Time the choices of each layer on this machine, for budgets of latency; the same call goes on after a kill."""
-    specs = _specs(choices)
+    specs = specs_of(choices)
     net, loaded, example = model_of(model, None), Plan.load(plan), first_of(data)
 
     def say(key: str, row: Timing) -> None:
@@ -57,7 +57,8 @@ def _table(layers: Sequence[Layer], title: str) -> Table:
     return table
 
 
-def _specs(texts: Sequence[str]) -> dict[str, list[str]]:
+def specs_of(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Specs by pattern, from texts like PATTERN=SPEC,SPEC; raises `BitwrightError` for others."""
     for text in texts:
         if "=" not in text:
             raise BitwrightError(f"--set takes PATTERN=SPEC,SPEC,..., got {text!r}; e.g. --set '*.weight=int4/channel'")

@@ -23,7 +23,7 @@ from bitwright.auto import LEVELS, quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import measure
 from bitwright.bench.report import to_table, write_text
-from bitwright.cli import claims, machines
+from bitwright.cli import claims, machines, mix
 from bitwright.demo import run_demo
 from bitwright.errors import BitwrightError
 from bitwright.export.onnx import export as export_model
@@ -33,6 +33,7 @@ from bitwright.flow.convert import convert as convert_model
 from bitwright.flow.coverage import coverage
 from bitwright.flow.prepare import prepare
 from bitwright.kernels.cpu import cpu_features
+from bitwright.kernels.operators import implementation
 from bitwright.kernels.table import KERNELS
 from bitwright.kernels.table import explain as explain_kernels
 from bitwright.plan.plan import Plan
@@ -248,6 +249,7 @@ def doctor() -> None:
         "native kernels",
         "built" if features else "not built: torch reference kernels run instead (install a C++ compiler)",
     )
+    table.add_row("operators", f"in {implementation()}")
     table.add_row("instruction sets", ", ".join(sorted(features - {"native"})) or "portable")
     for op in dict.fromkeys(row.op for row in KERNELS):
         names = [row.name for row in KERNELS if row.op == op and row.requires <= features]
@@ -271,6 +273,7 @@ def demo(out: Out = Path("report")) -> None:
 
 claims.register(app)
 machines.register(app)
+mix.register(app)
 
 
 def _rules(texts: list[str]) -> dict[str, str]:

@@ -17,7 +17,10 @@ Ties = Iterable[Iterable[str]]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper limits: summed harm, stored bytes, seconds, joules, bit operations, and stored with live bytes at the peak.
+    """Upper limits: drop, stored bytes, seconds, joules, bit operations, and stored with live bytes at the peak.
+
+    The drop is that of the whole where it is measured (`mixed`: harm, or points of a score), and summed harm where
+    nothing is (`allocate`).
 
     >>> Budget(bytes=100).limits()
     {'bytes': 100}

@@ -8,7 +8,7 @@ on data that calibrated nothing:
 - the allocation of least summed harm, right where errors of layers are independent (squares of errors add up);
 - the allocation of the least sum of roots, right where they all point the same way (errors add up);
 - points of the convex front of cost and summed harm, from end to end;
-- under a limit on the drop: allocations whose summed harm is what `Curve`, from all plans so far, allows for it.
+- under a limit on the drop: cheapest allocations within the sum of harm that `Curve`, from all plans so far, allows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,8 +36,7 @@ from bitwright.search.tried import Mixed, Trials, Tried
 from bitwright.search.whole import Found, HarmJudge, Score, ScoreJudge, WholeJudge
 
 PLANNED, ALLOCATED, ROOTS = "as planned", "least summed harm", "least sum of roots"
-_LOOKS = 20  # allocations that are compared with those tried, between two trials
-_CLOSE = 1.02  # limits on summed harm as near as this are one limit
+STEPS = 32  # limits on summed harm that may be tried under a limit on the drop
 
 
 def mixed(
@@ -79,7 +79,7 @@ def mixed(
     judges: WholeJudge = (
         HarmJudge(model, held, method, loss, forward)
         if score is None
-        else ScoreJudge(model, held, score, score_range, budget.drop, plans=3 + points + rounds)
+        else ScoreJudge(model, held, score, score_range, budget.drop, plans=3 + points + STEPS)
     )
 
     def measured(candidate: Plan) -> tuple[nn.Module, Found]:
@@ -169,36 +169,28 @@ def _with_roots(choices: Mixture) -> Mixture:
 def _approach(trials: Trials, plan: Plan, choices: Mixture, rounds: int) -> None:
     """Try the cheapest allocations within limits on summed harm that close in on the limit of the drop.
 
-    ``low`` is the largest sum up to which the cheapest allocation is known to hold, ``high`` the smallest sum above it
-    of a plan that does not.
+    The limits are `STEPS` fixed ones, evenly on a logarithmic scale between the sums of the least harmful and of the
+    cheapest allocation within the costs: fixed before anything is judged, so that all plans that could be tried are
+    known in number. Those up to ``low`` are taken to hold, those from ``high`` on not to.
     """
-    budget = trials.budget
-    low = max((one.summed for one in trials.all if one.holds and one.name != PLANNED), default=0.0)
-    high = min((one.summed for one in trials.all if not one.holds and one.summed > low), default=math.inf)
-    for at in range(rounds):
-        for _ in range(_LOOKS):
-            if high <= _CLOSE * low or high == 0:
-                return
-            limit = _between(trials.bounds.limit(budget.drop), low, high)
-            known = choices.allocate(replace(budget, drop=limit), minimize=trials.minimize)
-            candidate = with_allocation(plan, known)
-            one = trials.of(candidate)
-            if one is None:
-                break
-            if one.holds and math.isinf(limit):
-                return
-            low, high = (max(low, limit), high) if one.holds else (low, min(high, known.harm))
-        else:
-            return
-        one = trials.add(f"round {at + 1}", candidate, known)
-        low, high = (max(low, limit), high) if one.holds else (low, min(high, one.summed))
-
-
-def _between(wanted: float, low: float, high: float) -> float:
-    """The limit to try next: what is wanted, a tenth (of the ratio) inside of what is known."""
-    if math.isinf(high):
-        return wanted if wanted > low * _CLOSE else math.inf
-    if low <= 0:
-        return wanted if 0 < wanted < high else high / 2
-    step = (high / low) ** 0.1
-    return min(max(wanted, low * step), high / step)
+    budget, costs = trials.budget, replace(trials.budget, drop=math.inf)
+    most = choices.allocate(costs, minimize=trials.minimize).harm
+    least = max(choices.allocate(costs).harm, most * 1e-12)
+    if not 0 < least < most:
+        return
+    limits = [*np.geomspace(least, most, STEPS)[:-1].tolist(), math.inf]
+    held = max((one.summed for one in trials.all if one.holds and one.name != PLANNED), default=0.0)
+    over = min((one.summed for one in trials.all if not one.holds and one.summed > held), default=math.inf)
+    low = max(sum(limit <= held for limit in limits) - 1, 0)
+    high = STEPS if math.isinf(over) else sum(limit < over for limit in limits)
+    while high - low > 1 and rounds:
+        wanted = sum(limit <= trials.bounds.limit(budget.drop) for limit in limits) - 1
+        margin = max((high - low) // 8, 1)
+        at = min(max(wanted, low + margin), high - margin)
+        known = choices.allocate(replace(budget, drop=limits[at]), minimize=trials.minimize)
+        candidate = with_allocation(plan, known)
+        one = trials.of(candidate)
+        if one is None:
+            one = trials.add(f"summed harm at most {limits[at]:.2g}", candidate, known)
+            rounds -= 1
+        low, high = (at, high) if one.holds else (low, at)
