@@ -32,21 +32,25 @@ def run(*command: object, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def adopt_objects() -> None:
-    """Start from the newest other build's objects and ninja's record of them: it compiles again what does not fit."""
+def adopt_objects() -> list[str]:
+    """Start from the newest other build's objects and ninja's record of them: it compiles again what does not fit.
+
+    The result names that build's compiler, as commands have to be the same.
+    """
     others = [log for log in ROOT.glob("build/*/.ninja_log") if (log.parent / "CMakeFiles" / "kernels.dir").is_dir()]
     if BUILD.exists() or not others:
-        return
+        return []
     newest = max(others, key=lambda log: log.stat().st_mtime).parent
     shutil.copytree(newest / "CMakeFiles" / "kernels.dir", BUILD / "CMakeFiles" / "kernels.dir")
     for name in (".ninja_log", ".ninja_deps"):
         shutil.copy2(newest / name, BUILD / name)
+    cache = (newest / "CMakeCache.txt").read_text().splitlines()
+    return [f"-D{line}" for line in cache if line.startswith("CMAKE_CXX_COMPILER:")]
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    adopt_objects()
-    options = ("-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DBITWRIGHT_TORCH_OPS=ON")
+    options = (*adopt_objects(), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DBITWRIGHT_TORCH_OPS=ON")
     run("cmake", "-S", ROOT, "-B", BUILD, *options)
     run("cmake", "--build", BUILD, "--target", "_torch_ops")
     return BUILD / "_torch_ops.so"
