@@ -247,7 +247,7 @@ def test_sites_that_share_a_quantizer_count_once() -> None:
 def test_what_cannot_be_measured() -> None:
     model = net()
     plan, specs = plan_of(model), {"3.weight": ["int2"]}
-    with pytest.raises(SearchError, match="method is one of loss, kl, sqnr, fisher; got 'hope'"):
+    with pytest.raises(SearchError, match="method is one of loss, kl, sqnr, fisher, hessian; got 'hope'"):
         sensitivity(model, plan, batches(), specs, method="hope")
     with pytest.raises(SearchError, match="needs loss"):
         sensitivity(model, plan, batches(), specs, method="loss")

@@ -69,6 +69,16 @@ class Weights:
             change = torch.where(factor == 0, 0.0, change / factor)
         return module.from_rows(change)
 
+    @torch.no_grad()
+    def factor(self, site: Site, spec: str) -> Tensor | None:
+        """What the weight of ``site`` is multiplied by before it is encoded, in its own shape; None for nothing."""
+        module = self._prepared(site, spec).get_submodule(site.path)
+        if not isinstance(module, QLayer) or not module.norm:
+            return None
+        rows = module.quantized_weights()[site.slot]
+        factor = factor_of(module.norm[0]).view(-1, *[1] * (rows.dim() - 1)).float()
+        return module.from_rows(factor.expand_as(rows))
+
     def _prepared(self, site: Site, spec: str) -> nn.Module:
         chosen = sharing(self.plan, site)
         sites = {other: QuantSpec.parse(spec) if other in chosen else None for other in self.plan.sites}

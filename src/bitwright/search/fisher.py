@@ -66,13 +66,23 @@ def samples_of(batch: Any) -> list[Any]:
     >>> samples_of((torch.zeros(2, 3), torch.tensor([5, 6])))[1]
     (tensor([[0., 0., 0.]]), tensor([6]))
     """
+    cut = [
+        tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.dim() else x, batch)
+        for i in range(items_of(batch))
+    ]
+    return cut
+
+
+def items_of(batch: Any) -> int:
+    """Number of items of a batch; raises `SearchError` where its tensors disagree on it.
+
+    >>> items_of((torch.zeros(2, 3), torch.tensor([5, 6])))
+    2
+    """
     sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(sizes) != 1:
         raise SearchError(f"tensors of a batch must have one first axis, its items; found lengths {sorted(sizes)}")
-    cut = [
-        tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.dim() else x, batch) for i in range(*sizes)
-    ]
-    return cut
+    return sizes.pop()
 
 
 def _backward(held: Activations, item: Any, loss: Callable[[nn.Module, Any], Tensor]) -> dict[Site, list[Tensor]]:

@@ -11,9 +11,11 @@ loss     rise of the user's loss                                                
 kl       ``KL(float || quantized)`` of the softmax of the outputs, in float64      nats
 sqnr     noise power of the outputs over signal power                              ratio
 fisher   ``1/2 E sum g^2 d^2``: gradients of single samples, change d of the site  of loss   one backward pass
+hessian  ``1/2 tr(H) / n |d|^2``, HAWQ's Omega: Hessian H of the site, n elements  of loss   second derivatives
 ======== ========================================================================= ========= =================
 
-``loss`` and ``kl`` are measured, ``sqnr`` and ``fisher`` are proxies: see `agreement`.
+``loss`` and ``kl`` are measured, the others are proxies: see `agreement`. ``fisher`` and ``hessian`` take the user's
+loss, or without one the model's own answers.
 """
 
 from __future__ import annotations
@@ -38,11 +40,18 @@ from bitwright.graph.dataflow import call, evaluating
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, matching
-from bitwright.search import fisher
+from bitwright.search import fisher, hessian_harm
 from bitwright.search.alone import Activations, Forward, Weights
 
-METHODS = {"loss": "of the loss", "kl": "nats", "sqnr": "noise power over signal power", "fisher": "of the loss"}
+METHODS = {
+    "loss": "of the loss",
+    "kl": "nats",
+    "sqnr": "noise power over signal power",
+    "fisher": "of the loss",
+    "hessian": "of the loss",
+}
 MEASURED = ("loss", "kl")
+CURVATURE = {"fisher": fisher.harms, "hessian": hessian_harm.harms}
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -135,7 +144,7 @@ def sensitivity(
     found = _resumed(blank, work)
     todo = [(site, text) for site, text in wanted if (str(site), text) not in found.table]
     with evaluating(model):
-        measure = fisher.harms if method == "fisher" else _Measured(method).harms
+        measure = CURVATURE.get(method, _Measured(method).harms)
         for site, text, values in measure(model, plan, batches, todo, loss, forward) if todo else ():
             row = _row(site, text, values)
             found = replace(found, rows=(*found.rows, row))
@@ -187,12 +196,12 @@ def harm_of_whole(
 ) -> tuple[Callable[[nn.Module], Tensor], str]:
     """A function that gives the harm of a changed model on each batch, ``[batches]`` in float64, and its unit.
 
-    ``method`` is ``kl``, ``loss`` or ``sqnr``: a Fisher matrix says nothing of a whole model. Raises `SearchError` for
+    ``method`` is ``kl``, ``loss`` or ``sqnr``: curvature says nothing of a whole model. Raises `SearchError` for
     others, for a loss that is missing, and for fewer than 2 batches.
     """
     batches = list(batches)
-    if method == "fisher":
-        raise SearchError("fisher is no harm of a whole model; measure kl, loss or sqnr")
+    if method in CURVATURE:
+        raise SearchError(f"{method} is no harm of a whole model; measure kl, loss or sqnr")
     _check(method, loss, batches)
     see = _losses(loss) if method == "loss" and loss is not None else _outputs(forward)
     compare = {"loss": _rise, "sqnr": _noise, "kl": _divergence}[method]
