@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitwright.errors import KernelError
-from bitwright.kernels import cpu
+from bitwright.kernels import cpu, operators
 
 pytestmark = pytest.mark.skipif(
     "native" not in cpu.cpu_features(),
@@ -69,9 +69,8 @@ def weights(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> tu
 def run_linear(isa: str, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act: Act, bits: int) -> Tensor:
     sums = codes.sum(1, dtype=torch.int32)
     packed = cpu.pack_linear(codes, bits)
-    return torch.ops.bitwright.linear(
-        x, packed, scale, sums, bias, act.scale, act.zero, bits, act.qmin, act.qmax, cpu.ISA[isa]
-    )
+    rest = (act.scale, act.zero, bits, act.qmin, act.qmax, cpu.ISA[isa])
+    return operators.call(torch.ops.bitwright.linear, x, packed, scale, sums, bias, *rest)
 
 
 def expect_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act: Act) -> Tensor:
@@ -279,7 +278,8 @@ def conv_case(s: Shape, g: torch.Generator, bits: int = 8) -> tuple[Tensor, Tens
 
 def run_conv(isa: str, s: Shape, case: tuple[Tensor, ...], bias: Tensor | None, act: Act, bits: int = 8) -> Tensor:
     x, codes, scale, sums = case[:4]
-    return torch.ops.bitwright.conv2d(
+    return operators.call(
+        torch.ops.bitwright.conv2d,
         x, cpu.pack_conv(codes, bits, s.groups), scale, sums, bias, act.scale, act.zero, s.kernel, s.stride, s.padding,
         s.dilation, s.groups, bits, act.qmin, act.qmax, cpu.ISA[isa],
     )  # fmt: skip
@@ -498,11 +498,11 @@ def test_refusals() -> None:
     x, step = torch.zeros(2, 8), torch.ones(())
 
     def linear(**change: object) -> Tensor:
-        call: dict[str, object] = {
+        arguments: dict[str, object] = {
             "x": x, "weight": packed, "weight_scale": scale, "weight_sum": sums, "bias": None, "scale": step,
             "zero_point": None, "bits": 8, "qmin": -128, "qmax": 127, "isa": 0,
         }  # fmt: skip
-        return torch.ops.bitwright.linear(**{**call, **change})
+        return operators.call(torch.ops.bitwright.linear, *{**arguments, **change}.values())
 
     assert linear().shape == (2, 4)
     wrong: list[tuple[str, dict[str, object]]] = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bitwright.errors import KernelError
-from bitwright.kernels import cpu, decoded, table
+from bitwright.kernels import cpu, decoded, operators, table
 from bitwright.kernels.row import Activation
 from bitwright.numerics.qtensor import dequantize, quantize
 from bitwright.numerics.spec import QuantSpec
@@ -112,7 +112,8 @@ def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(KernelError, match="512 bytes of weights do not fit 16 x 80 codes"):
         kernel.run(torch.zeros(2, 80), packed, spec, None, None)
     with pytest.raises(KernelError, match="x must be float32"):
-        torch.ops.bitwright.decoded_linear(
+        operators.call(
+            torch.ops.bitwright.decoded_linear,
             torch.zeros(2, 64, dtype=torch.float64),
             packed.layout,
             packed.codebook,

@@ -15,6 +15,7 @@ from bitwright.errors import KernelError
 from bitwright.kernels import cpu
 from bitwright.kernels.conv_sizes import conv2d_out
 from bitwright.kernels.grouped import lanes
+from bitwright.kernels.operators import call
 
 _LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
 
@@ -56,12 +57,11 @@ def _encoded_linear(
     layout, rest = cpu.pack_linear(codes, 8), (bias, x_scale, x_zero)
     if len(sums) > len(weight):
         sums, sizes = sums.view(w_scale.shape), (len(weight), weight.numel() // len(sums))
-        out = torch.ops.bitwright.grouped_linear(
-            x, layout, lanes(w_scale), lanes(sums), *rest, *sizes, 8, *x_bounds, cpu.BEST_ISA
-        )
+        constants = (layout, lanes(w_scale), lanes(sums))
+        out = call(torch.ops.bitwright.grouped_linear, x, *constants, *rest, *sizes, 8, *x_bounds, cpu.BEST_ISA)
         return _poisoned(out, x)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
-    out = torch.ops.bitwright.linear(x, layout, per_row, sums, *rest, 8, *x_bounds, cpu.BEST_ISA)
+    out = call(torch.ops.bitwright.linear, x, layout, per_row, sums, *rest, 8, *x_bounds, cpu.BEST_ISA)
     return _poisoned(out, x)
 
 
@@ -71,9 +71,9 @@ def _encoded_conv2d(
 ) -> Tensor:  # fmt: skip
     codes, sums = _weight_codes(weight, w_scale, w_bounds)
     per_row = w_scale.view(-1).expand(len(weight)).contiguous()
-    out = torch.ops.bitwright.conv2d(
-        x, cpu.pack_conv(codes, 8, groups), per_row, sums, bias, x_scale, x_zero, list(weight.shape[2:]), stride,
-        padding, dilation, groups, 8, *x_bounds, cpu.BEST_ISA,
+    out = call(
+        torch.ops.bitwright.conv2d, x, cpu.pack_conv(codes, 8, groups), per_row, sums, bias, x_scale, x_zero,
+        list(weight.shape[2:]), stride, padding, dilation, groups, 8, *x_bounds, cpu.BEST_ISA,
     )  # fmt: skip
     return _poisoned(out, x)
 

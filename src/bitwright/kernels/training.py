@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import cpu, passes  # passes registers the operators
+from bitwright.kernels.operators import call
 from bitwright.kernels.reference import Geometry, largest_code, not_integers
 from bitwright.numerics.spec import QParams, QuantSpec
 from bitwright.numerics.ste import Learning, Sums, range_gradients
@@ -124,7 +125,7 @@ class _Sum(torch.autograd.Function):
         ranges = [(side.qparams.scale, side.qparams.zero_point) for side in (left, right)]
         ctx.save_for_backward(a, b, *ranges[0], *ranges[1])
         ctx.sides = [(side.bounds, side.learning) for side in (left, right)]
-        return torch.ops.bitwright.add(a, b, *ranges[0], *ranges[1], left.bounds, right.bounds)
+        return call(torch.ops.bitwright.add, a, b, *ranges[0], *ranges[1], left.bounds, right.bounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
