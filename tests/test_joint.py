@@ -210,7 +210,7 @@ def _other_model() -> nn.Module:
         ({"model": _other_model()}, "written with model: Sequential"),
         ({"batches": data(6, 3)}, "calibration data: 4 batches"),
         ({"plan": mixes.plan_of(net()).with_sites({"0.weight": "int8/channel"})}, r"plan: .*0\.weight.*int4/channel"),
-        ({"method": "sqnr"}, "method: kl; now it is: sqnr"),
+        ({"method": "loss", "loss": lambda m, b: m(b).square().mean()}, "method: kl; now it is: loss"),
         ({"budget": bw.Budget(bytes=10_000)}, r"trials.state\.json was written with budget"),
         ({"judge": data(4, 9), "batches": data(6, 1)[:4]}, r"judging data: 2 batches"),
     ],
@@ -233,6 +233,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"budget": bw.Budget(drop=1e-12)}, SearchError, r"keeps to a drop of 1e-12 \(nats\); the smallest is"),
         ({"batches": data(3, 1)}, SearchError, "at least 4 calibration batches, got 3"),
         ({"judge": data(1, 2)}, SearchError, "at least 2 batches, got 1"),
+        ({"method": "sqnr"}, SearchError, "harm by loss or kl, got 'sqnr'"),
+        (
+            {"specs": {"*.weight": ["int2/channel"]}},
+            SearchError,
+            "0.weight is int4/channel in the plan, and its choices",
+        ),
         ({"score": right}, SearchError, r"score\(model, batch\) needs judge=batches"),
         (
             {"score": lambda m, b: right(m, b) / 0, "judge": labelled(net(), 3, 2)},

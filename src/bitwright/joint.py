@@ -42,7 +42,7 @@ from bitwright.search.budget import Budget
 from bitwright.search.journal import Journal
 from bitwright.search.mixed import choices_of, mixture, one_item
 from bitwright.search.mixed_trials import calibrated, mixed, split
-from bitwright.search.sensitivity import Loss, sensitivity
+from bitwright.search.sensitivity import MEASURED, Loss, sensitivity
 from bitwright.search.tried import Mixed
 from bitwright.search.whole import Score
 from bitwright.train.history import History
@@ -93,11 +93,11 @@ def mix_model(
 
     ``batches`` measure harm and calibrate; ``judge`` holds other ones that plans are judged by as wholes, by default
     the last third of ``batches``. What ``budget.drop`` limits, ``score``, ``score_range`` and ``minimize`` are those of
-    `mixed`, ``method`` and ``loss`` those of `sensitivity`, ``latency`` that of `mixture`, priced for one forward on
-    ``example`` (default: the first item of ``batches``). ``specs`` are the choices by patterns over sites, by default
-    every integer weight of ``plan`` at 2 to 8 bits. With ``training`` the calibrated model is trained; its validation
-    data choose the best state by ``score``, or by its loss where there is none. ``work`` is the folder of all stages;
-    each of them starts from the same random state of torch.
+    `mixed`, ``method`` (``kl`` or ``loss``) and ``loss`` those of `sensitivity`, ``latency`` that of `mixture`, priced
+    for one forward on ``example`` (default: the first item of ``batches``). ``specs`` are the choices by patterns over
+    sites, by default every integer weight of ``plan`` at 2 to 8 bits. With ``training`` the calibrated model is
+    trained; its validation data choose the best state by ``score``, or by its loss where there is none. ``work`` is the
+    folder of all stages; each of them starts from the same random state of torch.
 
     Raises `SearchError` for a budget that nothing meets and for too little data, `TrainingError` for a loss that is no
     finite scalar, `CheckpointError` for a folder of another call, and for files that were made from what has changed
@@ -106,6 +106,8 @@ def mix_model(
     if judge is None and score is not None:
         raise SearchError("score(model, batch) needs judge=batches of what it takes, kept apart from calibration")
     inputs, held = split(batches) if judge is None else (list(batches), list(judge))
+    if method not in MEASURED:
+        raise SearchError(f"mix_model measures harm by {' or '.join(MEASURED)}, got {method!r}; use proxies by stages")
     specs = choices_of(plan) if specs is None else specs
     _check_specs(plan, specs)
     if training is not None:
@@ -267,7 +269,7 @@ class _Stages:
         return path
 
     def _stale(self, name: str, source: str) -> str:
-        later = LATER[min(LATER.index(name), LATER.index(RUN if name == TRAINED else name)) :]
+        later = LATER[LATER.index(RUN if name == TRAINED else name) :]
         there = ", ".join(str(self.folder / one) for one in later if (self.folder / one).exists())
         return (
             f"{self.folder / name} was made from another {source}; to make it anew from what is there, delete {there}"

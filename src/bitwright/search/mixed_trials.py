@@ -191,6 +191,6 @@ def _approach(trials: Trials, plan: Plan, choices: Mixture, rounds: int) -> None
         candidate = with_allocation(plan, known)
         one = trials.of(candidate)
         if one is None:
-            one = trials.add(f"summed harm at most {limits[at]:.2g}", candidate, known)
+            one = trials.add(f"limit {at + 1} of {STEPS} on the sum", candidate, known)
             rounds -= 1
         low, high = (at, high) if one.holds else (low, at)
