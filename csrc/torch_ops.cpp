@@ -1,6 +1,6 @@
 // bitwright._torch_ops: the operators that converted models call on the CPU, for processes without Python (AOTInductor)
 // and with less time per call. Schemas, checks and results are those of bitwright.kernels (cpu, grouped, decoded), which
-// compares the schemas when it loads this library and keeps what is missing here: shapes for the compiler.
+// compares the schemas when it loads this library and adds the shapes that compilers ask for.
 #include "parallel.h"
 #include "torch_tensor.h"
 
@@ -41,21 +41,26 @@ Product product_of(const Tensor& x, int64_t n) {
     return {dense(x), y, n > 0 ? y.numel() / n : 0, k};
 }
 
-Tensor linear_operator(Tensor x, Tensor weight, Tensor weight_scale, Maybe weight_sum, Maybe bias, Maybe scale,
-                       Maybe zero_point, int64_t bits, int64_t qmin, int64_t qmax, int64_t isa) {
+// The sums of the codes of `n` outputs.
+Maybe sums_of(const Maybe& sums, int64_t n) {
+    if (!sums) return {};
+    if (sums->scalar_type() != ScalarType::Int || sums->numel() != n) refuse("weight_sum must be ", n, " int32");
+    return dense(*sums);
+}
+
+Tensor linear_operator(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Maybe& weight_sum,
+                       const Maybe& bias, const Maybe& scale, const Maybe& zero_point, int64_t bits, int64_t qmin,
+                       int64_t qmax, int64_t isa) {
     return named("linear", [&] {
         const int64_t n = weight_scale.numel();
         const Product p = product_of(x, n);
-        if (weight_sum && (weight_sum->scalar_type() != ScalarType::Int || weight_sum->numel() != n)) {
-            refuse("weight_sum must be ", n, " int32");
-        }
+        const Maybe w_sum = sums_of(weight_sum, n);
         const Tensor w_scale = parameter(weight_scale, {n}, "weight_scale");
-        if (weight_sum) weight_sum = dense(*weight_sum);
         const Maybe b = parameter(bias, {n}, "bias");
         const Scales s = scales_of(scale, zero_point, p.rows);
         check_layout(weight, linear_layout_bytes(bits, n, p.k));
         linear({narrow(isa), narrow(bits), in<float>(p.x), p.rows, p.k, n, in<float>(s.scale), in<float>(s.zero),
-                s.stride, !scale, {qmin, qmax}, in<uint8_t>(weight), in<float>(w_scale), in<int32_t>(weight_sum),
+                s.stride, !scale, {qmin, qmax}, in<uint8_t>(weight), in<float>(w_scale), in<int32_t>(w_sum),
                 in<float>(b), out(p.y), threads(), 0});
         return p.y;
     });
@@ -76,9 +81,10 @@ void check_grouped(const Tensor& weight, const Tensor& scale, const Maybe& sums,
     }
 }
 
-Tensor grouped_linear_operator(Tensor x, Tensor weight, Tensor weight_scale, Maybe weight_sum, Maybe bias, Maybe scale,
-                               Maybe zero_point, int64_t outputs, int64_t group_size, int64_t bits, int64_t qmin,
-                               int64_t qmax, int64_t isa) {
+Tensor grouped_linear_operator(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                               const Maybe& weight_sum, const Maybe& bias, const Maybe& scale, const Maybe& zero_point,
+                               int64_t outputs, int64_t group_size, int64_t bits, int64_t qmin, int64_t qmax,
+                               int64_t isa) {
     return named("grouped_linear", [&] {
         const Product p = product_of(x, outputs);
         if (scale && scale->numel() != 1 && scale->numel() != p.rows) {
@@ -134,8 +140,9 @@ void check_decoded(const Tensor& layout, const Tensor& table, const Tensor& scal
     }
 }
 
-Tensor decoded_linear_operator(Tensor x, Tensor layout, Tensor table, Tensor scales, Maybe zeros, Maybe bias,
-                               int64_t outputs, int64_t group_size, int64_t bits, int64_t isa) {
+Tensor decoded_linear_operator(const Tensor& x, const Tensor& layout, const Tensor& table, const Tensor& scales,
+                               const Maybe& zeros, const Maybe& bias, int64_t outputs, int64_t group_size, int64_t bits,
+                               int64_t isa) {
     return named("decoded_linear", [&] {
         const Product p = product_of(x, outputs);
         check_decoded(layout, table, scales, zeros, bias, outputs, p.k, group_size, bits);
@@ -172,17 +179,16 @@ int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
     return (padded - span) / stride + 1;
 }
 
-Tensor conv2d_operator(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Maybe bias, Tensor scale,
-                       Maybe zero_point, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
-                       int64_t groups, int64_t bits, int64_t qmin, int64_t qmax, int64_t isa) {
+Tensor conv2d_operator(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& weight_sum,
+                       const Maybe& bias, const Tensor& scale, const Maybe& zero_point, const Sizes& kernel_size,
+                       const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t bits,
+                       int64_t qmin, int64_t qmax, int64_t isa) {
     return named("conv2d", [&] {
         check_floats(x, "x");
         if (x.dim() != 4) refuse("x must be [n, c, h, w], got ", text(x.sizes()));
         const int64_t o = weight_scale.numel();
-        if (weight_sum.scalar_type() != ScalarType::Int || weight_sum.numel() != o) {
-            refuse("weight_sum must be ", o, " int32");
-        }
-        const Tensor w_scale = parameter(weight_scale, {o}, "weight_scale"), w_sum = dense(weight_sum);
+        const Maybe w_sum = sums_of(weight_sum, o);
+        const Tensor w_scale = parameter(weight_scale, {o}, "weight_scale");
         const Maybe b = parameter(bias, {o}, "bias");
         const Tensor step = parameter(scale, {1}, "scale");
         const Maybe zero = parameter(zero_point, {1}, "zero_point");
@@ -222,8 +228,8 @@ Addend addend(const Tensor& x, const Tensor& scale, const Maybe& zero, const Siz
     return {in<float>(x), *in<float>(scale), zero ? *in<float>(zero) : 0.0f, {range[0], range[1]}, nullptr};
 }
 
-Tensor add_operator(Tensor a, Tensor b, Tensor scale_a, Maybe zero_a, Tensor scale_b, Maybe zero_b, Sizes range_a,
-                    Sizes range_b) {
+Tensor add_operator(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Maybe& zero_a, const Tensor& scale_b,
+                    const Maybe& zero_b, const Sizes& range_a, const Sizes& range_b) {
     return named("add", [&] {
         check_floats(a, "a");
         check_floats(b, "b");
