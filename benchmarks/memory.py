@@ -1,11 +1,12 @@
-"""Resident memory of shipped linear layers against the bytes that `coverage` accounts for.
+"""Resident memory of shipped linear layers and convolutions against the bytes that `coverage` accounts for.
 
-Each configuration runs in a process of its own: a stack of linear layers is simulated, converted in place and run
+Each configuration runs in a process of its own: a stack of layers is simulated, converted in place and run
 once. `resident` is what the process gives back when the shipped stack is deleted, `peak` the largest growth over the
 simulated stack while `convert` ran. Writes results/memory.json. Linux only.
 
     python benchmarks/memory.py
     python benchmarks/memory.py int4/group32 int8/token/dynamic 8 4096
+    python benchmarks/memory.py int4/channel uint8/asym 8 1024 conv
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ CONFIGURATIONS = (
     ("int2/group32", TOKEN), ("ternary/channel", TOKEN), ("int8/channel", FLOAT), ("int4/group32", FLOAT),
     ("nf4/group64", FLOAT), ("nf4/group64/scale(int8/group256)", FLOAT),
 )  # fmt: skip
+CONVOLUTIONS = tuple((f"{fmt}/channel", "uint8/asym") for fmt in ("int8", "int4", "int3", "int2", "ternary"))
+WIDTHS = {"linear": 4096, "conv": 1024}
 
 
 def resident() -> int:
@@ -44,20 +47,32 @@ def resident() -> int:
     return memory("VmRSS")
 
 
-def simulated(weight: str, input: str, layers: int, width: int) -> nn.Module:
-    """A stack of simulated layers, ``width x width`` each."""
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+def layer(kind: str, width: int) -> nn.Module:
+    """A linear layer ``width x width``, or a 3x3 convolution of as many channels."""
+    if kind == "linear":
+        return nn.Linear(width, width, bias=False)
+    return nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+
+def example(kind: str, width: int) -> torch.Tensor:
+    """Two rows, or a small image."""
+    return torch.randn(2, width) if kind == "linear" else torch.randn(1, width, 7, 7)
+
+
+def simulated(weight: str, input: str, layers: int, width: int, kind: str) -> nn.Module:
+    """A stack of simulated layers."""
+    model = nn.Sequential(*(layer(kind, width) for _ in range(layers)))
     specs = {"weight": QuantSpec.parse(weight), "input": None if input == FLOAT else QuantSpec.parse(input)}
-    sites = {Site(str(layer), slot): spec for layer in range(layers) for slot, spec in specs.items()}
+    sites = {Site(str(number), slot): spec for number in range(layers) for slot, spec in specs.items()}
     prepared = bw.prepare(model, Plan("cpu", sites, {"weight": "minmax", "input": "minmax"}), inplace=True)
-    calibrate(prepared, [torch.randn(2, width)])
+    calibrate(prepared, [example(kind, width)])
     return prepared
 
 
 @torch.no_grad()
-def measure(weight: str, input: str, layers: int, width: int) -> dict[str, float]:
+def measure(weight: str, input: str, layers: int, width: int, kind: str) -> dict[str, float]:
     """Bytes: accounted, resident, and the peak of `convert`."""
-    model, x = simulated(weight, input, layers, width), torch.randn(1, width)
+    model, x = simulated(weight, input, layers, width, kind), example(kind, width)[:1]
     before = resident()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM
@@ -73,17 +88,18 @@ def measure(weight: str, input: str, layers: int, width: int) -> dict[str, float
 def main() -> None:
     """Measure one configuration, or all of them in processes of their own."""
     if len(sys.argv) > 1:
-        weight, input, layers, width = sys.argv[1:]
-        print(json.dumps(measure(weight, input, int(layers), int(width))))
+        weight, input, layers, width, kind = (*sys.argv[1:], "linear")[:5]
+        print(json.dumps(measure(weight, input, int(layers), int(width), kind)))
         return
-    results = {}
-    for weight, input in CONFIGURATIONS:
-        command = [sys.executable, __file__, weight, input, "8", "4096"]
+    results: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in WIDTHS}
+    jobs = [("linear", *pair) for pair in CONFIGURATIONS] + [("conv", *pair) for pair in CONVOLUTIONS]
+    for kind, weight, input in jobs:
+        command = [sys.executable, __file__, weight, input, "8", str(WIDTHS[kind]), kind]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results[f"{weight}, {input}"] = found = json.loads(done.stdout)
+        results[kind][f"{weight}, {input}"] = found = json.loads(done.stdout)
         megabytes = {name: f"{value / 2**20:.1f} MiB" for name, value in found.items() if name != "ratio"}
-        print(f"{weight}, {input}: {megabytes}, ratio {found['ratio']:.4f}", flush=True)
-    write("memory", {"layers": 8, "width": 4096, "bytes": results})
+        print(f"{kind} {weight}, {input}: {megabytes}, ratio {found['ratio']:.4f}", flush=True)
+    write("memory", {"layers": 8, "width": WIDTHS, "bytes": results})
 
 
 if __name__ == "__main__":

@@ -333,11 +333,19 @@ def test_float_weights_are_freed_one_by_one(inplace: bool, monkeypatch: pytest.M
 @native
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("weight", ["int4/group32", "int8/channel"])
-def test_the_process_is_as_large_as_accounted(weight: str) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("int4/group32", "int8/token/dynamic", "6", "2048", "linear"),
+        ("int8/channel", "int8/token/dynamic", "6", "2048", "linear"),
+        ("int4/channel", "uint8/asym", "6", "512", "conv"),
+    ],
+    ids=lambda arguments: f"{arguments[-1]} {arguments[0]}",
+)
+def test_the_process_is_as_large_as_accounted(arguments: tuple[str, ...]) -> None:
     """Resident memory of a stack of layers in a process of its own; half a MiB for what is no tensor."""
     script = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-    command = [sys.executable, str(script), weight, "int8/token/dynamic", "6", "2048"]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["resident"] <= 1.01 * found["accounted"] + 2**19

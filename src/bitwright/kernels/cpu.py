@@ -117,23 +117,10 @@ def _linear_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *_: Any) -> T
 
 
 def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    bits: int,
-    qmin: int,
-    qmax: int,
-    isa: int,
-) -> Tensor:
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, bias: Tensor | None,
+    scale: Tensor, zero_point: Tensor | None, kernel_size: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, bits: int, qmin: int, qmax: int, isa: int,
+) -> Tensor:  # fmt: skip
     _require_native()
     _check_floats(x, "x")
     if x.dim() != 4:
