@@ -27,6 +27,7 @@ from bitwright.plan.site import Site
 Forward = Callable[[nn.Module, Any], Any]
 
 _ARGUMENTS = {"query": 0, "key": 1, "value": 2}
+_INPUT = r"input(?:\.(\d+))?"
 
 
 class Weights:
@@ -174,11 +175,16 @@ class Activations:
                 quantizer.observe(x)
 
 
+def passed_in(site: Site) -> bool:
+    """Whether an activation is a positional argument of its module, which is where it can be looked at."""
+    return site.slot in _ARGUMENTS or re.fullmatch(_INPUT, site.slot) is not None
+
+
 def _argument(site: Site) -> int:
     """Which positional argument of its module an activation is."""
-    if match := re.fullmatch(r"input(?:\.(\d+))?", site.slot):
+    if match := re.fullmatch(_INPUT, site.slot):
         return int(match[1] or 0)
-    if site.slot not in _ARGUMENTS:
+    if not passed_in(site):
         raise SearchError(f"{site} lies inside its module; the harm of such an activation alone is not measured")
     return _ARGUMENTS[site.slot]
 
