@@ -145,6 +145,30 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_samples() -> None:
     assert found.table["2.input", "int4"].harm == pytest.approx(expected, rel=1e-3)
 
 
+class Around(nn.Module):
+    """A layer whose input is read once more beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 5 * x
+
+
+def test_fisher_of_an_activation_leaves_out_what_else_reads_the_tensor() -> None:
+    torch.manual_seed(0)
+    model, data = Around(), [torch.randn(6, 3) for _ in range(2)]
+    plan = Plan.preset("w8a8", model, data[0], observers=FAST)
+    error = lambda m, x: m(x).square().mean()  # noqa: E731
+    row = sensitivity(model, plan, data, {"inner.input": ["int4"]}, method="fisher", loss=error).rows[0]
+    x = torch.cat(data)
+    scale = x.abs().max() / 7
+    moved = (x / scale).round().clamp(-8, 7) * scale - x
+    gradient = 2 / 3 * model(x).detach() @ model.inner.weight.detach()
+    assert row.harm == pytest.approx(0.5 * (gradient * moved).square().sum(1).mean().item(), rel=1e-3)
+
+
 def test_fisher_approximates_small_divergences() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 4))  # a softmax of one layer: its true Fisher matrix is its Hessian

@@ -165,6 +165,26 @@ class Activations:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def shifted(self) -> Iterator[dict[Site, list[tuple[Tensor, Tensor]]]]:
+        """Inside the block each activation is met by a 0 that has a gradient, on its way into its modules.
+
+        That gradient is what a change of the activation does there, and not where else the same tensor is read. Yields
+        pairs of tensor and 0 by site, filled as the model runs.
+        """
+        seen: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+
+        def shift(site: Site, x: Tensor) -> Tensor:
+            known = seen.setdefault(site, [])
+            for other, offset in known:
+                if other is x:
+                    return x + offset
+            known.append((x, torch.zeros_like(x).requires_grad_()))
+            return x + known[-1][1]
+
+        with self.at(list(dict.fromkeys(site for site, _ in self.quantizers)), shift):
+            yield seen
+
     def _quantizer(self, site: Site, text: str) -> Quantizer:
         _argument(site)
         return Quantizer(str(site), QuantSpec.parse(text), None, self.plan.observer(site)).eval()

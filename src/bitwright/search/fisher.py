@@ -47,10 +47,9 @@ def harms(
                 if weight.grad is not None:
                     squares[site][index] += weight.grad.square() / len(items)
             for (site, text), quantizer in held.quantizers.items():
-                for x in seen.get(site, ()):
-                    assert x.grad is not None
-                    change = quantizer.simulate(x.detach()) - x.detach()
-                    hidden[site, text][index] += 0.5 * (x.grad * change).square().sum().item() / len(items)
+                for x, gradient in seen.get(site, ()):
+                    change = quantizer.simulate(x) - x
+                    hidden[site, text][index] += 0.5 * (gradient * change).square().sum().item() / len(items)
     rounded = Weights(model, plan, batches, forward)
     for site, text in todo:
         if site.is_weight:
@@ -85,21 +84,17 @@ def items_of(batch: Any) -> int:
     return sizes.pop()
 
 
-def _backward(held: Activations, item: Any, loss: Callable[[nn.Module, Any], Tensor]) -> dict[Site, list[Tensor]]:
-    """Gradients of one item; returns the activations, which hold theirs."""
-    seen: dict[Site, list[Tensor]] = {}
-
-    def keep(site: Site, x: Tensor) -> Tensor:
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        x.retain_grad()
-        if not any(x is other for other in seen.setdefault(site, [])):
-            seen[site].append(x)
-        return x
-
+def _backward(
+    held: Activations, item: Any, loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[Site, list[tuple[Tensor, Tensor]]]:
+    """Gradients of one item; returns the activations with the gradients at their modules."""
     held.model.zero_grad()
-    with torch.enable_grad(), held.at(list(dict.fromkeys(site for site, _ in held.quantizers)), keep):
+    with torch.enable_grad(), held.shifted() as seen:
         loss(held.model, item).backward()
-    return {site: [x for x in tensors if x.grad is not None] for site, tensors in seen.items()}
+    return {
+        site: [(x.detach(), offset.grad) for x, offset in pairs if offset.grad is not None]
+        for site, pairs in seen.items()
+    }
 
 
 def _loss(

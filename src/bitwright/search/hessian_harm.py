@@ -79,17 +79,7 @@ class _Shown:
 
     def shifted(self, loss: Loss, batch: Any) -> tuple[Tensor, Vectors]:
         """Loss of a batch, and for each activation a 0 that is added to it on its way into its modules."""
-        seen: dict[Site, list[tuple[Tensor, Tensor]]] = {}
-
-        def shift(site: Site, x: Tensor) -> Tensor:
-            known = seen.setdefault(site, [])
-            for other, offset in known:
-                if other is x:
-                    return x + offset
-            known.append((x, torch.zeros_like(x).requires_grad_()))
-            return x + known[-1][1]
-
-        with self.held.at(self.hidden, shift):
+        with self.held.shifted() as seen:
             value = loss(self.held.model, batch)
         return value, {(site, call): pair[1] for site, pairs in seen.items() for call, pair in enumerate(pairs)}
 
