@@ -150,9 +150,10 @@ class Around(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(3, 3, bias=False)
+        self.first, self.inner = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
         return self.inner(x) + 5 * x
 
 
@@ -162,10 +163,10 @@ def test_fisher_of_an_activation_leaves_out_what_else_reads_the_tensor() -> None
     plan = Plan.preset("w8a8", model, data[0], observers=FAST)
     error = lambda m, x: m(x).square().mean()  # noqa: E731
     row = sensitivity(model, plan, data, {"inner.input": ["int4"]}, method="fisher", loss=error).rows[0]
-    x = torch.cat(data)
+    x = model.first(torch.cat(data)).detach()
     scale = x.abs().max() / 7
     moved = (x / scale).round().clamp(-8, 7) * scale - x
-    gradient = 2 / 3 * model(x).detach() @ model.inner.weight.detach()
+    gradient = 2 / 3 * model(torch.cat(data)).detach() @ model.inner.weight.detach()
     assert row.harm == pytest.approx(0.5 * (gradient * moved).square().sum(1).mean().item(), rel=1e-3)
 
 
