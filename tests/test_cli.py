@@ -3,8 +3,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from bitwright.cli.main import main
+from bitwright.kernels.table import KERNELS
 
 USER_CODE = """
     import torch
@@ -181,7 +183,7 @@ def test_levels_by_name(folder, ok, level):
         ),
         ((*QUANTIZE, *ITEMS, "--max-drop", "0.001", "-o", "x"), "evaluation has 800"),
         (("explain", "missing.toml", "a.weight"), "cannot read plan"),
-        (("list", "kernels"), "bitwright list knows machines, got 'kernels'"),
+        (("list", "layers"), "bitwright list knows machines and kernels, got 'layers'"),
         (
             ("measure-machine", "mymodel:build", "--data", "mymodel:batches", "--plan", "x", "--set", "3.weight"),
             "--set takes PATTERN=SPEC,SPEC,...",
@@ -219,6 +221,15 @@ def test_described_machines_are_listed(ok):
     told = ok("list", "machines")
     assert "raspberry-pi-5" in told
     assert "h100" in told
+
+
+def test_kernels_are_listed_in_the_order_they_are_tried(ok):
+    lines = ok("list", "kernels").splitlines()
+    places = {row.name: next(i for i, line in enumerate(lines) if row.name in line.split()) for row in KERNELS}
+    assert list(places.values()) == sorted(places.values())
+    assert "yes" in lines[places["linear/reference"]]
+    if not torch.cuda.is_available():
+        assert "needs cuda, triton" in lines[places["linear/triton"]]
 
 
 def test_doctor_names_the_kernels(ok):

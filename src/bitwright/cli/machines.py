@@ -1,4 +1,4 @@
-"""Subcommands about machines: ``measure-machine`` times layers on this one, ``list machines`` names described ones."""
+"""Subcommands about machines: ``measure-machine`` times layers on this one, ``list`` names machines and kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,9 @@ from bitwright.costs.latencies import table_path
 from bitwright.costs.roofline import get_machine, machine_names
 from bitwright.costs.stopwatch import Timing
 from bitwright.errors import BitwrightError
+from bitwright.kernels.device import device_features
+from bitwright.kernels.operators import implementation
+from bitwright.kernels.table import KERNELS
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Layer
@@ -65,15 +69,30 @@ def specs_of(texts: Sequence[str]) -> dict[str, list[str]]:
     return {pattern: specs.split(",") for pattern, specs in (text.split("=", 1) for text in texts)}
 
 
-def list_things(what: Annotated[str, typer.Argument(help="machines")]) -> None:
-    """List the machines that a file describes, for rooflines: peak rates in 10^12 operations a second by format."""
-    if what != "machines":
-        raise BitwrightError(f"bitwright list knows machines, got {what!r}")
+def list_things(what: Annotated[str, typer.Argument(help="machines or kernels")]) -> None:
+    """List described machines (peak rates in 10^12 operations a second by format), or kernels and which run here."""
+    tables = {"machines": _machines, "kernels": _kernels}
+    if what not in tables:
+        raise BitwrightError(f"bitwright list knows {' and '.join(tables)}, got {what!r}")
+    console.print(tables[what]())
+
+
+def _machines() -> Table:
     table = Table("machine", "what", "GB/s", "10^12 operations/s")
     for machine in map(get_machine, machine_names()):
         rates = ", ".join(f"{row.runs_as} {row.peak / 1e12:,.4g}" for row in machine.rates)
         table.add_row(machine.name, machine.description, f"{machine.bandwidth / 1e9:,.4g}", rates)
-    console.print(table)
+    return table
+
+
+def _kernels() -> Table:
+    """The rows in the order in which a layer takes the first that serves its specs and its shape."""
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    table = Table("kernel", "weights in memory", "here", caption=f"operators in {implementation()}")
+    for row in KERNELS:
+        missing = [sorted(row.requires - device_features(device)) for device in devices]
+        table.add_row(row.name, row.layout, "yes" if [] in missing else f"needs {', '.join(min(missing, key=len))}")
+    return table
 
 
 def register(app: typer.Typer) -> None:
