@@ -1,6 +1,6 @@
 """README claim: the same images, calibration data and bits, quantized by bitwright and by Brevitas.
 
-Brevitas with the recipe that does best for it on this network: MSE ranges for weights and activations, GPTQ in the
+Brevitas with the steps of its example for image classification: MSE ranges for weights and activations, GPTQ in the
 order of activation energy on quantized activations, bias correction; weights symmetric per channel, activations
 asymmetric per tensor. The first convolution and the classifier have 8 bits in both. Residual adds have 8 bits in
 bitwright and stay float in Brevitas. Weights, calibration and test images are those of ptq_resnet20.py; the recipe of
