@@ -22,6 +22,14 @@ settings.load_profile("bitwright")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
+# Files whose tests wait for compilers come first, so that no core waits for them at the end.
+_COMPILING = ("test_self_test.py", "test_torch_ops.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _COMPILING)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
