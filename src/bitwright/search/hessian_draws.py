@@ -1,8 +1,8 @@
 """Random draws whose mean is the trace of a block of the Hessian, with little noise.
 
-``v_k' (H v)_k`` with random signs v (Hutchinson) is unbiased but noisy: the signs of all other blocks are in it. Most
-of that noise comes from the Fisher matrix F of the model's answers, the Gauss-Newton part of H for losses like cross
-entropy. Its trace can be had without. At the outputs z of one item the Hessian of such a loss is
+``v_k' (H v)_k`` with random signs v (Hutchinson) is unbiased but noisy: the signs of all other blocks are in it. For
+the Fisher matrix F of the model's answers, the Gauss-Newton part of H for losses like cross entropy, the trace can be
+had without them. At the outputs z of one item the Hessian of such a loss is
 ``S = diag(p) - p p' = A A'`` with ``A = diag(sqrt p) - p sqrt(p)'``, so for random signs r ``|dz/dw_k' A r|^2`` has the
 mean ``tr F_k``, each item and block by itself. So where outputs are known a draw is that, plus Hutchinson's for
 ``H - F``. The sum is unbiased for any loss, and quiet where the loss resembles the model's own answers.
