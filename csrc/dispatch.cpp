@@ -8,6 +8,8 @@
 
 #if defined(BITWRIGHT_ARM) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(BITWRIGHT_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace bitwright {
@@ -35,6 +37,23 @@ bool has_neon_dotprod() {
 bool has_neon_dotprod() { return false; }
 #endif
 
+#if defined(BITWRIGHT_ARM) && defined(__ARM_FEATURE_MATMUL_INT8)
+bool has_neon_i8mm() { return true; }
+#elif defined(BITWRIGHT_ARM) && defined(__linux__)
+bool has_neon_i8mm() {
+    constexpr unsigned long kByteMatrices = 1ul << 13;  // HWCAP2_I8MM
+    return has_neon_dotprod() && (getauxval(AT_HWCAP2) & kByteMatrices) != 0;
+}
+#elif defined(BITWRIGHT_ARM) && defined(__APPLE__)
+bool has_neon_i8mm() {
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
+}
+#else
+bool has_neon_i8mm() { return false; }
+#endif
+
 const Kernels& kernels(int isa) {
     if (isa == static_cast<int>(Isa::kPortable)) return *portable_kernels();
 #if defined(BITWRIGHT_X86)
@@ -43,6 +62,7 @@ const Kernels& kernels(int isa) {
 #endif
 #if defined(BITWRIGHT_ARM)
     if (isa == static_cast<int>(Isa::kNeonDotprod) && has_neon_dotprod()) return *neon_kernels();
+    if (isa == static_cast<int>(Isa::kNeonI8mm) && has_neon_i8mm()) return *neon_i8mm_kernels();
 #endif
     throw std::invalid_argument("instruction set " + std::to_string(isa) +
                                 " is not available on this machine");

@@ -206,12 +206,14 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
+const Kernels* neon_i8mm_kernels();
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2, kNeonDotprod = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2, kNeonDotprod = 3, kNeonI8mm = 4 };
 
 bool has_avx2();
 bool has_avx512_vnni();
 bool has_neon_dotprod();
+bool has_neon_i8mm();
 
 // The table of an instruction set; throws std::invalid_argument where this build or this machine lacks it.
 const Kernels& kernels(int isa);

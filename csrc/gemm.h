@@ -6,9 +6,9 @@
 #pragma once
 
 #include "dispatch.h"
+#include "products.h"
 #include "quantize.h"
 #include "simd.h"
-#include "unit.h"
 
 namespace bitwright {
 
@@ -100,12 +100,14 @@ void tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     const uint8_t* w = g.w + block * block_bytes;
     for (int64_t run = 0; run < g.runs; ++run) {
         RowPointers<ROWS> x(g.x + row * stride + g.run_offsets[run], stride);
-        for (int64_t left = g.run_groups; left > 0; --left) {
+        int64_t left = paired_units<S, BITS>(w, block_bytes, x, stride, acc, g.run_groups, ahead);
+        for (; left > 0; --left) {
             unit_products<S, BITS, ROWS, BLOCKS>(w, block_bytes, x, stride, acc, ahead);
             x.advance(Unit<BITS>::kInputs);
             w += Unit<BITS>::kBytes;
         }
     }
+    exchange_pairs<S>(acc);
     BW_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
         const int64_t first = (block + b) * kLanes;

@@ -77,12 +77,15 @@ void grouped_tile(const Gemm& g, int64_t row, int64_t block, Ahead ahead) {
     for (int64_t group = 0; group < g.scale_groups; ++group) {
         typename S::I acc[BLOCKS][ROWS];
         start_group<S>(g, row, block, group, acc);
-        for (int64_t left = g.run_groups; left > 0; --left) {
+        exchange_pairs<S>(acc);
+        int64_t left = paired_units<S, BITS>(w, block_bytes, x, stride, acc, g.run_groups, ahead);
+        for (; left > 0; --left) {
             unit_products<S, BITS, ROWS, BLOCKS>(w, block_bytes, x, stride, acc, ahead);
             x.advance(Unit<BITS>::kInputs);
             w += Unit<BITS>::kBytes;
             pin<S>(acc);
         }
+        exchange_pairs<S>(acc);
         pin<S>(acc);  // what follows must not ask for copies either
         float* total = totals;
         BW_OPAQUE(total);  // or the sums would take the registers of the accumulators

@@ -31,6 +31,7 @@ struct Avx2 {
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 2;
     static constexpr int kByteBias = 0;
+    static constexpr bool kPairs = false;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;

@@ -34,6 +34,7 @@ struct Portable {
     static constexpr int kDecodedRows = 4;
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 0;
+    static constexpr bool kPairs = false;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;

@@ -26,6 +26,7 @@ std::vector<std::string> features() {
     if (has_avx2()) found.emplace_back("avx2");
     if (has_avx512_vnni()) found.emplace_back("avx512_vnni");
     if (has_neon_dotprod()) found.emplace_back("neon_dotprod");
+    if (has_neon_i8mm()) found.emplace_back("neon_i8mm");
     return found;
 }
 

@@ -212,6 +212,7 @@ Tensor conv2d_operator(const Tensor& x, const Tensor& weight, const Tensor& weig
 int best_isa() {
     if (has_avx512_vnni()) return static_cast<int>(Isa::kAvx512Vnni);
     if (has_avx2()) return static_cast<int>(Isa::kAvx2);
+    if (has_neon_i8mm()) return static_cast<int>(Isa::kNeonI8mm);
     return static_cast<int>(has_neon_dotprod() ? Isa::kNeonDotprod : Isa::kPortable);
 }
 

@@ -58,43 +58,29 @@ BW_INLINE auto unpack_unit(const typename S::Raw (&raw)[Unit<BITS>::kLoads]) {
     }
 }
 
-template <class S, int BITS, int ROWS, int BLOCKS, int STEP>
-BW_INLINE void unit_step(const typename S::Raw (&raw)[BLOCKS][Unit<BITS>::kLoads], const RowPointers<ROWS>& x,
-                         int64_t stride, typename S::I (&acc)[BLOCKS][ROWS]) {
-    constexpr int kSide = BITS == 3 ? 4 : BITS;  // which operand is the unsigned one
-    decltype(unpack_unit<S, BITS, STEP>(raw[0])) w[BLOCKS];
-    BW_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) w[b] = unpack_unit<S, BITS, STEP>(raw[b]);
-    BW_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-        const auto four = S::template broadcast<kSide>(x.row(r, stride) + 4 * STEP);
-        BW_UNROLL
-        for (int b = 0; b < BLOCKS; ++b) acc[b][r] = S::template dot<kSide>(acc[b][r], w[b], four);
-    }
-    if constexpr (STEP + 1 < Unit<BITS>::kSteps) unit_step<S, BITS, ROWS, BLOCKS, STEP + 1>(raw, x, stride, acc);
+// The operand of the activations: at 3 bits that of 4, since only their weights are put together in another way.
+template <int BITS>
+constexpr int side() {
+    return BITS == 3 ? 4 : BITS;
 }
 
-// The unit at `w` of every block against every row. A single row reads each weight once, and the stream is all that
-// there is to wait for: it requests what it reads itself later, several rows what comes after them.
-template <class S, int BITS, int ROWS, int BLOCKS>
-BW_INLINE void unit_products(const uint8_t* w, int64_t block_bytes, const RowPointers<ROWS>& x, int64_t stride,
-                             typename S::I (&acc)[BLOCKS][ROWS], Ahead& ahead) {
-    typename S::Raw raw[BLOCKS][Unit<BITS>::kLoads];
+template <class S, int BITS, int BLOCKS>
+BW_INLINE void load_unit(const uint8_t* w, int64_t block_bytes,
+                         typename S::Raw (&raw)[BLOCKS][Unit<BITS>::kLoads]) {
     BW_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
         BW_UNROLL
         for (int i = 0; i < Unit<BITS>::kLoads; ++i) raw[b][i] = S::load_raw(w + b * block_bytes + i * kGroupBytes);
     }
-    unit_step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
+}
+
+// One line for each load of a unit.
+template <int BITS>
+BW_INLINE void request(Ahead& ahead) {
     BW_UNROLL
     for (int i = 0; i < Unit<BITS>::kLoads; ++i) {
-        if constexpr (ROWS == 1) {
-            BW_UNROLL
-            for (int b = 0; b < BLOCKS; ++b) BW_PREFETCH(w + b * block_bytes + i * kGroupBytes + kAheadBytes);
-        } else {
-            BW_PREFETCH(ahead.at);
-            ahead.at += ahead.step;
-        }
+        BW_PREFETCH(ahead.at);
+        ahead.at += ahead.step;
     }
 }
 

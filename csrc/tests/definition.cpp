@@ -59,6 +59,7 @@ const std::vector<InstructionSet>& instruction_sets() {
         if (has_avx2()) found.push_back({static_cast<int>(Isa::kAvx2), "avx2"});
         if (has_avx512_vnni()) found.push_back({static_cast<int>(Isa::kAvx512Vnni), "avx512_vnni"});
         if (has_neon_dotprod()) found.push_back({static_cast<int>(Isa::kNeonDotprod), "neon_dotprod"});
+        if (has_neon_i8mm()) found.push_back({static_cast<int>(Isa::kNeonI8mm), "neon_i8mm"});
         return found;
     }();
     return sets;

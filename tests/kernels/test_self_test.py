@@ -33,6 +33,6 @@ def test_sanitizers_find_nothing() -> None:
 )
 def test_arm_computes_the_same() -> None:
     out = made("arm")
-    assert "instruction sets: portable neon_dotprod\n" in out
+    assert "instruction sets: portable neon_dotprod neon_i8mm\n" in out
     assert "instruction sets: portable\n" in out  # a CPU without dot products
     assert out.count("refusals: as stated") == 2

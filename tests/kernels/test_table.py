@@ -13,11 +13,12 @@ from bitwright.numerics.qtensor import quantize
 from bitwright.numerics.spec import QParams, QuantSpec
 
 X86 = frozenset({"native", "avx2", "avx512_vnni"})
-ALL = X86 | {"neon_dotprod"}
+ALL = X86 | {"neon_dotprod", "neon_i8mm"}
 GPU = frozenset({"cuda", "triton"})
 SUBSETS = {
     "avx512_vnni": X86,
     "avx2": frozenset({"native", "avx2"}),
+    "neon_i8mm": frozenset({"native", "neon_dotprod", "neon_i8mm"}),
     "neon_dotprod": frozenset({"native", "neon_dotprod"}),
     "portable": frozenset({"native"}),
     "reference": frozenset(),
@@ -108,6 +109,8 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
         ("linear/groups/avx512_vnni", "needs avx512_vnni"),
         ("linear/avx2", "taken"),
         ("linear/groups/avx2", "needs several scales per output"),
+        ("linear/neon_i8mm", "needs neon_i8mm"),
+        ("linear/groups/neon_i8mm", "needs neon_i8mm"),
         ("linear/neon_dotprod", "needs neon_dotprod"),
         ("linear/groups/neon_dotprod", "needs neon_dotprod"),
         ("linear/portable", "comes after linear/avx2"),
@@ -116,6 +119,7 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
         ("linear/reference", "comes after linear/avx2"),
         ("linear/decode/avx512_vnni", "needs avx512_vnni"),
         ("linear/decode/avx2", "comes after linear/avx2"),
+        ("linear/decode/neon_i8mm", "needs neon_i8mm"),
         ("linear/decode/neon_dotprod", "needs neon_dotprod"),
         ("linear/decode/portable", "comes after linear/avx2"),
         ("linear/decode/triton", "needs cuda, triton"),

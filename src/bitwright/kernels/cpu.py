@@ -24,14 +24,14 @@ try:
 except ImportError:
     native: Any = None
 
-ISA: dict[str, int] = {"portable": 0, "avx2": 1, "avx512_vnni": 2, "neon_dotprod": 3}
+ISA: dict[str, int] = {"portable": 0, "avx2": 1, "avx512_vnni": 2, "neon_dotprod": 3, "neon_i8mm": 4}
 """Instruction sets by their name in ``cpu_features()``; ``portable`` runs wherever the module was built."""
 
 
 def cpu_features() -> frozenset[str]:
     """What machine and installation offer: ``native`` when built, and the instruction sets among ``ISA``.
 
-    >>> cpu_features() <= {"native", "avx2", "avx512_vnni", "neon_dotprod"}
+    >>> cpu_features() <= {"native", "avx2", "avx512_vnni", "neon_dotprod", "neon_i8mm"}
     True
     """
     return _FEATURES

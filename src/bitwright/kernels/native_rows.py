@@ -18,7 +18,7 @@ from bitwright.numerics.spec import QParams, QuantSpec
 
 # int32 accumulators hold K products of a byte with a signed byte up to here.
 _LARGEST_K = 65536
-_ISAS = ("avx512_vnni", "avx2", "neon_dotprod", "portable")
+_ISAS = ("avx512_vnni", "avx2", "neon_i8mm", "neon_dotprod", "portable")
 
 
 def _native_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
