@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitwright as bw
-from bitwright.search.agreement import agreement, spearman
-from bitwright.search.hessian import top_eigenvalues, traces
-from bitwright.search.sensitivity import Sensitivity
+from bitwright.harm.agreement import agreement, spearman
+from bitwright.harm.hessian import top_eigenvalues, traces
+from bitwright.harm.sensitivity import Sensitivity
 from data import jpeg_cifar10, shared
 from mixed_resnet20 import CALIBRATION, CHOICES, MIDDLE, plan_of, same_width
 from models import CifarResNet

@@ -5,7 +5,8 @@ Each layer ships with weights of 2, 3, 4 or 8 bits and inputs of 8 or in float, 
 float, so that no input must be what an add reads. Every plan draws its own shares of these, then a choice per layer.
 Predictions come from `measure_machine`, which has not seen the plans; measurements are of the whole shipped models, in
 turns. Prints and writes results/latency_model.json: mean absolute percentage error, Spearman rank correlation, range
-of the latencies. Tables are kept in results/latency_tables; remove them to measure anew.
+of the latencies; then how far layers are predicted from others of their kind (`costs.learned`), each left out in turn.
+Tables are kept in results/latency_tables; remove them to measure anew.
 
     python benchmarks/latency_model.py [--plans 20] [--threads 1] [--only ResNet20 ...] [--tiny]
 """
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.costs.cost import Cost
+from bitwright.costs.latencies import LatencyTable, table_path
+from bitwright.costs.learned import learn
 from bitwright.costs.stopwatch import in_turns
 from bitwright.costs.workload import Workload
 from bitwright.graph.dataflow import call
+from bitwright.harm.agreement import spearman
 from bitwright.plan.site import ADD_SLOTS
-from bitwright.search.agreement import spearman
 from bitwright.search.budget import Allocation, Layer
 from bitwright.search.speeds import speeds
 from models import CifarResNet, Encoder, MobileNetV1, ResNet, settle_batchnorm
@@ -113,6 +116,10 @@ def main() -> None:
         count, seconds = (3, 0.01) if options.tiny else (options.plans, 1.0)
         results[name] = row = validate(make(), torch.randn(*shape), count, seconds, options.cache)
         print(name, ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+    learned = learn(LatencyTable.load(table_path(options.cache)))
+    results["left out"] = dict(sorted(learned.errors.items()))
+    for kind, error in sorted(learned.errors.items()):
+        print(f"left out: {100 * error:.0f} % {kind}")
     if not options.tiny:
         write("latency_model", results)
 

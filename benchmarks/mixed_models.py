@@ -32,9 +32,9 @@ from torch.nn import functional as F
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
 from bitwright.graph.dataflow import call
+from bitwright.harm.sensitivity import Sensitivity
 from bitwright.search.mixed import Mixture
 from bitwright.search.mixed_trials import mixed
-from bitwright.search.sensitivity import Sensitivity
 from bitwright.search.tried import Mixed, Tried
 from results import FOLDER, write
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
-from bitwright.search.agreement import agreement, spearman
+from bitwright.harm.agreement import agreement, spearman
+from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.search.mixed import Mixture
-from bitwright.search.sensitivity import Harm, Sensitivity
 from data import jpeg_cifar10, shared
 from models import CifarResNet
 from resnet20 import batches_of

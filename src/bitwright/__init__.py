@@ -22,6 +22,7 @@ from bitwright.flow.evaluate import compare, evaluate, item_scores, paired_drop
 from bitwright.flow.prepare import prepare
 from bitwright.graph.calls import Add, Attention, Cat, MatMul
 from bitwright.graph.dataflow import record
+from bitwright.harm.sensitivity import sensitivity
 from bitwright.joint import mix_model
 from bitwright.nn.swap import register_module
 from bitwright.numerics.qtensor import QTensor, dequantize, quantize
@@ -30,7 +31,6 @@ from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.search.budget import Budget
 from bitwright.search.mixed import mixture, with_allocation
-from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule, param_groups
 from bitwright.train.training import Training

@@ -34,6 +34,7 @@ from bitwright.flow.checkpoint import PLAN, TENSORS, load, read_tensors, save
 from bitwright.flow.convert import convert
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.harm.sensitivity import MEASURED, Loss, sensitivity
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import matching
@@ -42,7 +43,6 @@ from bitwright.search.budget import Budget
 from bitwright.search.journal import Journal
 from bitwright.search.mixed import choices_of, mixture, one_item
 from bitwright.search.mixed_trials import calibrated, mixed, split
-from bitwright.search.sensitivity import MEASURED, Loss, sensitivity
 from bitwright.search.tried import Mixed
 from bitwright.search.whole import Score
 from bitwright.train.history import History

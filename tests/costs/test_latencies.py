@@ -26,8 +26,8 @@ from bitwright.costs.stopwatch import Timing
 from bitwright.costs.workload import Specs, Workload, bytes_read
 from bitwright.errors import SearchError
 from bitwright.graph.calls import Attention
+from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.lowbit.layer import LowbitLayer
-from bitwright.search.sensitivity import Harm, Sensitivity
 from bitwright.search.speeds import speeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine

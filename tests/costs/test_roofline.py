@@ -12,9 +12,9 @@ import bitwright as bw
 from bitwright.costs.cost import Work, layer_cost
 from bitwright.costs.roofline import get_machine, machine_names
 from bitwright.errors import SearchError
+from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.numerics.spec import QuantSpec
 from bitwright.search.mixed import mixture
-from bitwright.search.sensitivity import Harm, Sensitivity
 
 INT8, INT4, UINT8 = (QuantSpec.parse(text) for text in ("int8/channel", "int4/channel", "uint8/asym"))
 FILE = """

@@ -10,9 +10,9 @@ import bitwright as bw
 from bitwright.bench.measure import model_bytes
 from bitwright.costs.cost import plan_bytes
 from bitwright.errors import SearchError
+from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.search.bits import output_error
 from bitwright.search.mixed import mixture, with_allocation
-from bitwright.search.sensitivity import Harm, Sensitivity
 
 FAST = {"weight": "minmax", "input": "minmax"}
 SPECS = [f"int{bits}/channel" for bits in (2, 3, 4, 6, 8)]

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
 from bitwright.errors import CheckpointError, NumericsError, SearchError
+from bitwright.harm.sensitivity import Sensitivity, harm_of_whole, sensitivity
 from bitwright.nn.quantizer import Quantizer
 from bitwright.search.mixed import Mixture
 from bitwright.search.mixed_trials import ALLOCATED, PLANNED, mixed, split
-from bitwright.search.sensitivity import Sensitivity, harm_of_whole, sensitivity
 from bitwright.search.tried import Mixed
 
 FAST = {"weight": "minmax", "input": "minmax"}

@@ -41,12 +41,12 @@ from bitwright.flow.coverage import coverage
 from bitwright.flow.evaluate import outputs_of
 from bitwright.flow.prepare import plan_of
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.harm.sensitivity import Sensitivity
 from bitwright.kernels.cpu import cpu_features
 from bitwright.nn.layer import Simulated
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
 from bitwright.plan.target import spelled
-from bitwright.search.sensitivity import Sensitivity
 
 
 def certify(

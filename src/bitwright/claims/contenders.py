@@ -13,12 +13,12 @@ from bitwright.algorithms.pipeline import calibrate
 from bitwright.claims.scores import Score, scores_of
 from bitwright.costs.cost import layer_cost, plan_bytes, work_of
 from bitwright.flow.prepare import prepare
+from bitwright.harm.sensitivity import sensitivity
 from bitwright.plan.plan import Plan
 from bitwright.plan.step import Step
 from bitwright.search.budget import Budget
 from bitwright.search.mixed import choices_of, mixture, one_item
 from bitwright.search.mixed_trials import mixed, split
-from bitwright.search.sensitivity import sensitivity
 from bitwright.train.loop import train
 from bitwright.train.training import Training
 

@@ -17,7 +17,7 @@ from bitwright.claims.splits import first_entry
 from bitwright.claims.verify import verify as verify_certificate
 from bitwright.errors import BitwrightError
 from bitwright.flow.checkpoint import load
-from bitwright.search.sensitivity import Sensitivity
+from bitwright.harm.sensitivity import Sensitivity
 from bitwright.train.schedule import Schedule
 from bitwright.train.training import Training
 from bitwright.userspec import batches_of, load_object, model_of, shipped_of

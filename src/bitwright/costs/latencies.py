@@ -32,7 +32,7 @@ from bitwright.costs.choices import Specs, combinations, spread
 from bitwright.costs.cost import Cost
 from bitwright.costs.fingerprint import fingerprint
 from bitwright.costs.stopwatch import Timing, in_turns
-from bitwright.costs.workload import Call, Workload, bytes_read
+from bitwright.costs.workload import Call, Load, Workload, bytes_read
 from bitwright.costs.workload import Specs as Decided
 from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
@@ -47,10 +47,11 @@ _IDLE = 0.8  # the share of the processor below which a machine is busy
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """Seconds of a call by its key (see `costs.workload`), and the machine that they were measured on."""
+    """By key (see `costs.workload`): seconds of a call, and what it does; the machine that they were measured on."""
 
     rows: Mapping[str, Timing] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=fingerprint)
+    loads: Mapping[str, Load] = field(default_factory=dict)
 
     def prices(self, model: nn.Module, plan: Plan, example: Any, paths: Sequence[str]) -> MeasuredPrices:
         """What the layers at ``paths`` take by this table, and the rest of the model as ``plan`` ships it."""
@@ -60,7 +61,7 @@ class LatencyTable:
         """Write the file (to a temporary name, flushed, renamed)."""
         path = Path(path)
         part, head = path.with_name(path.name + ".part"), {"version": VERSION, "machine": dict(self.machine)}
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(row))}" for key, row in self.rows.items())
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(self._row(key))}" for key in self.rows)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("w", encoding="utf-8") as file:
@@ -71,6 +72,9 @@ class LatencyTable:
         except OSError as cause:
             raise SearchError(f"cannot write the latency table {path}: {cause}; name another cache folder") from cause
 
+    def _row(self, key: str) -> dict[str, Any]:
+        return asdict(self.rows[key]) | ({"load": asdict(self.loads[key])} if key in self.loads else {})
+
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read the file; raises `SearchError` for a damaged one and for one of another machine, naming what differs."""
@@ -78,6 +82,7 @@ class LatencyTable:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}, expected {VERSION}")
+            loads = {key: Load(**row.pop("load")) for key, row in data["rows"].items() if "load" in row}
             rows = {key: Timing(**row) for key, row in data["rows"].items()}
             if not all(row.seconds > 0 and math.isfinite(row.seconds + row.error) for row in rows.values()):
                 raise ValueError("a time is no positive number")
@@ -91,7 +96,7 @@ class LatencyTable:
                     f"latency table {path} was measured with {name} {machine.get(name, 'unknown')}; here it is "
                     f"{here[name]}; times of another machine say nothing here: run bitwright measure-machine"
                 )
-        return cls(rows, here)
+        return cls(rows, here, loads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +112,15 @@ class MeasuredPrices:
 
     def rest(self) -> Cost:
         """The measured time of the whole model, less that of the layers with choices as the plan ships them."""
-        whole = self.table.rows.get(self.work.whole)
-        if whole is None:
-            raise SearchError(f"the whole model was not measured with this plan and example; {_ADVICE}")
         layers = math.fsum(self.layer(path, self.work.decided(path)).latency for path in self.work.calls)
-        return Cost(latency=whole.seconds - layers)
+        return Cost(latency=self.whole().seconds - layers)
+
+    def whole(self) -> Timing:
+        """The whole model as the plan ships it; raises `SearchError` where it was not measured."""
+        found = self.table.rows.get(self.work.whole)
+        if found is None:
+            raise SearchError(f"the whole model was not measured with this plan and example; {_ADVICE}")
+        return found
 
     def _seconds(self, path: str, specs: Decided, made: Call) -> float:
         found = self.table.rows.get(self.work.key(path, specs, made))
@@ -155,9 +164,11 @@ def measure_machine(
     wanted = spread(plan, specs)
     work = Workload(model, plan, example, (site.path for site in wanted))
 
-    def note(keys: Iterable[str], candidates: list[list[Callable[[], object]]]) -> LatencyTable:
+    def note(
+        keys: Iterable[str], candidates: list[list[Callable[[], object]]], loads: Mapping[str, Load]
+    ) -> LatencyTable:
         rows = dict(zip(keys, in_turns(candidates, precision, seconds), strict=True))
-        found = replace(table, rows={**table.rows, **rows})
+        found = replace(table, rows={**table.rows, **rows}, loads={**table.loads, **loads})
         found.save(path)
         for key, row in rows.items():
             say(key, row)
@@ -165,7 +176,7 @@ def measure_machine(
 
     with evaluating(work.shipped):
         if work.whole not in table.rows:
-            table = note([work.whole], [[partial(call, work.shipped, example)]])
+            table = note([work.whole], [[partial(call, work.shipped, example)]], {})
     for place, calls in work.calls.items():
         choices = [
             {site.slot: spec for site, spec in own.items()} for _, own in combinations(model, plan, place, wanted)
@@ -175,7 +186,8 @@ def measure_machine(
             todo = {work.key(place, own, made): own for own in choices}
             todo = {key: own for key, own in todo.items() if key not in table.rows}
             if todo:
-                table = note(todo, copies_of(work, place, list(todo.values()), made))
+                loads = {key: work.load(place, own, made) for key, own in todo.items()}
+                table = note(todo, copies_of(work, place, list(todo.values()), made), loads)
     _warn_if_busy(table, path)
     return table
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bitwright.costs.choices import module_at
+from bitwright.costs.cost import Work, work_of
 from bitwright.costs.fingerprint import last_level_cache
 from bitwright.errors import SearchError
 from bitwright.flow.calibrate import calibrate
@@ -44,6 +45,16 @@ class Call:
     def __str__(self) -> str:
         named = [f"{name}={_described(value)}" for name, value in self.kwargs.items()]
         return ", ".join([*(_described(value) for value in self.args), *named])
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a call does, by numbers: its kind, multiplications with additions, bytes of weights, elements in and out."""
+
+    kind: str
+    macs: int
+    stored: int
+    moved: int
 
 
 class Workload:
@@ -102,6 +113,17 @@ class Workload:
         parts = [_signature(module_at(self.model, path)), "" if norm is None else _signature(norm), str(made)]
         chosen = ", ".join(f"{slot}={spelled(spec)}" for slot, spec in specs.items())
         return " | ".join([*(part for part in parts if part), chosen, f"among {self.among:,} bytes"])
+
+    def load(self, path: str, specs: Specs, made: Call) -> Load:
+        """What one call of the layer at ``path`` does with these specs."""
+        module = module_at(self.model, path)
+        work = work_of(module, made, lambda module, made: module(*made.args, **made.kwargs)).get("", Work(0, 0, 0))
+        window, parts = getattr(module, "kernel_size", ""), getattr(module, "groups", 1)
+        depthwise = "depthwise" if parts > 1 and parts == getattr(module, "in_channels", 0) else ""
+        chosen = ", ".join(f"{slot}={spelled(spec)}" for slot, spec in specs.items())
+        source = "memory" if self.among > last_level_cache() else "cache"
+        kind = " ".join([type(module).__name__, *filter(None, (str(window), depthwise)), chosen, f"from {source}"])
+        return Load(kind, work.macs, bytes_read(self.alone(path, specs, made)), work.inputs + work.outputs)
 
     def alone(self, path: str, specs: Specs, made: Call) -> nn.Module:
         """The layer at ``path`` by itself as it ships with these specs, its batch norm included."""

@@ -14,15 +14,15 @@ from bitwright.costs.choices import Decided, combinations, decided, module_at, s
 from bitwright.costs.cost import Cost, Work, layer_cost, plan_bytes, work_of
 from bitwright.costs.prices import Prices, Pricing
 from bitwright.errors import SearchError
+from bitwright.harm.agreement import LEAST_RANK, check
+from bitwright.harm.sensitivity import Sensitivity
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, rows_shape
 from bitwright.plan.target import spelled
-from bitwright.search.agreement import LEAST_RANK, check
 from bitwright.search.allocate import allocate
 from bitwright.search.budget import Allocation, Budget, Choice, Layer, summed
 from bitwright.search.dominance import Slower, slower
 from bitwright.search.front import pareto
-from bitwright.search.sensitivity import Sensitivity
 
 BITS = (2, 3, 4, 5, 6, 8)
 

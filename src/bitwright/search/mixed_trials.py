@@ -28,10 +28,10 @@ from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
 from bitwright.flow.prepare import prepare
 from bitwright.graph.dataflow import call
+from bitwright.harm.sensitivity import Loss
 from bitwright.plan.plan import Plan
 from bitwright.search.budget import Allocation, Budget
 from bitwright.search.mixed import Mixture, with_allocation
-from bitwright.search.sensitivity import Loss
 from bitwright.search.tried import Mixed, Trials, Tried
 from bitwright.search.whole import Found, HarmJudge, Score, ScoreJudge, WholeJudge
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
-from bitwright.search.alone import Forward
+from bitwright.harm.alone import Forward
+from bitwright.harm.sensitivity import Loss, harm_of_whole
 from bitwright.search.judge import CONFIDENCE, PairedJudge
-from bitwright.search.sensitivity import Loss, harm_of_whole
 from bitwright.search.sequential import items_needed
 
 Score = Callable[[nn.Module, Any], Any]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import SearchError
-from bitwright.search.sensitivity import MEASURED, Sensitivity
+from bitwright.harm.sensitivity import MEASURED, Sensitivity
 
 LEAST_RANK = 0.6
 _FEWEST = 8

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import SearchError
-from bitwright.search.alone import Forward
-from bitwright.search.fisher import items_of, samples_of
-from bitwright.search.hessian_products import Loss, Run, gradients, own_answers, products, rows_of
+from bitwright.harm.alone import Forward
+from bitwright.harm.fisher import items_of, samples_of
+from bitwright.harm.hessian_products import Loss, Run, gradients, own_answers, products, rows_of
 
 FEWEST, MOST, PRECISION, SMALL = 6, 200, 0.05, 0.01
 
@@ -40,7 +40,7 @@ def estimates(
     """Draws of the trace of each variable of ``run``, for each batch: float64 ``[batches, draws]``.
 
     One of ``loss`` and ``forward`` is given, or both. Signs are multiplied by ``scales`` of a variable, which gives the
-    trace with respect to ``variable / scale``. For when it stops see `bitwright.search.hessian.traces`.
+    trace with respect to ``variable / scale``. For when it stops see `bitwright.harm.hessian.traces`.
     """
     if fewest < 2 or most < fewest:
         raise SearchError(f"a standard error needs at least 2 draws, got fewest={fewest}, most={most}")

@@ -37,11 +37,11 @@ from bitwright.costs.choices import Specs
 from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.harm import fisher, hessian_harm
+from bitwright.harm.alone import Activations, Forward, Weights
 from bitwright.numerics.spec import QuantSpec
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, matching
-from bitwright.search import fisher, hessian_harm
-from bitwright.search.alone import Activations, Forward, Weights
 
 METHODS = {
     "loss": "of the loss",

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitwright.errors import SearchError
 from bitwright.graph.dataflow import evaluating
-from bitwright.search.alone import Forward
+from bitwright.harm.alone import Forward
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Vectors = dict[Any, Tensor]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from bitwright.errors import SearchError
 from bitwright.graph.dataflow import call, evaluating
+from bitwright.harm.alone import Activations, Forward, passed_in
 from bitwright.observe.histogram import Histogram
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site, matching
-from bitwright.search.alone import Activations, Forward, passed_in
 
 QUANTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
 

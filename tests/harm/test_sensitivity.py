@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from bitwright.algorithms.pipeline import calibrate
 from bitwright.errors import SearchError
 from bitwright.flow.prepare import prepare
+from bitwright.harm.agreement import agreement, check, ranks, spearman
+from bitwright.harm.alone import Weights
+from bitwright.harm.fisher import samples_of
+from bitwright.harm.sensitivity import Harm, Sensitivity, sensitivity
 from bitwright.numerics.affine import simulate
 from bitwright.observe.fit import weight_qparams
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
-from bitwright.search.agreement import agreement, check, ranks, spearman
-from bitwright.search.alone import Weights
-from bitwright.search.fisher import samples_of
-from bitwright.search.sensitivity import Harm, Sensitivity, sensitivity
 
 FAST = {"weight": "minmax", "input": "minmax"}
 WEIGHTS = {"*.weight": ["int2/channel", "int4/channel", "int8/channel"]}

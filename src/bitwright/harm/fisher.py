@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitwright.errors import SearchError
+from bitwright.harm.alone import Activations, Forward, Weights
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
-from bitwright.search.alone import Activations, Forward, Weights
 
 Todo = Sequence[tuple[Site, str]]
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from bitwright.errors import SearchError
 from bitwright.graph.dataflow import call
-from bitwright.search.alone import Forward
-from bitwright.search.hessian_draws import FEWEST, MOST, PRECISION, check_finite, estimates, shares_of
-from bitwright.search.hessian_products import (
+from bitwright.harm.alone import Forward
+from bitwright.harm.hessian_draws import FEWEST, MOST, PRECISION, check_finite, estimates, shares_of
+from bitwright.harm.hessian_products import (
     Loss,
     Run,
     Vectors,

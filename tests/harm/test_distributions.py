@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.errors import SearchError
+from bitwright.harm.distributions import QUANTILES, distribution_table, distributions
 from bitwright.plan.plan import Plan
-from bitwright.search.distributions import QUANTILES, distribution_table, distributions
 
 
 class Net(nn.Module):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import SearchError
+from bitwright.harm.alone import Activations, Forward, Weights
+from bitwright.harm.fisher import Todo
+from bitwright.harm.hessian_draws import estimates
+from bitwright.harm.hessian_products import Loss, Vectors, differentiable_twice
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
-from bitwright.search.alone import Activations, Forward, Weights
-from bitwright.search.fisher import Todo
-from bitwright.search.hessian_draws import estimates
-from bitwright.search.hessian_products import Loss, Vectors, differentiable_twice
 
 STOP: dict[str, Any] = {"precision": 0.1, "most": 24}
 """When draws end: batches differ by more than the noise that is left then."""

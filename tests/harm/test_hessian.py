@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.errors import SearchError
+from bitwright.harm.agreement import agreement, check
+from bitwright.harm.hessian import top_eigenvalues, traces
+from bitwright.harm.hessian_products import differentiable_twice, gradients, own_answers, products
+from bitwright.harm.sensitivity import harm_of_whole, sensitivity
 from bitwright.numerics.affine import simulate
 from bitwright.observe.fit import weight_qparams
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
-from bitwright.search.agreement import agreement, check
-from bitwright.search.hessian import top_eigenvalues, traces
-from bitwright.search.hessian_products import differentiable_twice, gradients, own_answers, products
-from bitwright.search.sensitivity import harm_of_whole, sensitivity
 
 SEEDS = range(3)
 
