@@ -240,6 +240,14 @@ def test_a_file_can_be_saved_read_and_continued(tmp_path: Path) -> None:
     assert found == whole == Sensitivity.load(path)
 
 
+def test_a_file_gets_its_folder_and_one_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    found = Sensitivity("kl", "nats", "", "", 2)
+    found.save(tmp_path / "new" / "harm.json")
+    assert Sensitivity.load(tmp_path / "new" / "harm.json") == found
+    with pytest.raises(SearchError, match=r"cannot write the harm file .*name another place for it"):
+        found.save(tmp_path / "new" / "harm.json" / "below")
+
+
 def test_a_file_of_other_data_is_refused(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "harm.json"
     sensitivity(model, plan_of(model), batches(), {"3.weight": ["int2"]}, work=path)

@@ -95,13 +95,17 @@ class Sensitivity:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file (to a temporary name first, then renamed)."""
+        """Write the JSON file (to a temporary name first, then renamed); raises `SearchError` where it cannot."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
         head = {key: value for key, value in asdict(self).items() if key != "rows"}
         lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in self.rows)
-        part.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-        part.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+            part.replace(path)
+        except OSError as cause:
+            raise SearchError(f"cannot write the harm file {path}: {cause}; name another place for it") from cause
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
