@@ -223,8 +223,17 @@ def _conv_gradients(
         values.to(filters.dtype).contiguous(memory_format=layout),
         filters.contiguous(memory_format=layout),
     )
+    grad = grad.to(filters.dtype)
+    # For the weights of a 1x1 convolution with strides, oneDNN of torch 2.13 writes outside of its memory on AVX2
+    # (channels-last, channels no multiple of 8): those see only the pixels that they read, without strides.
+    thin = filters.shape[2:] == (1, 1) and max(g.stride) > 1 and max(g.padding) == 0
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        grad.to(filters.dtype), values, filters, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups,
-        [wanted[0], wanted[1], False],
+        grad, values, filters, None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups,
+        [wanted[0], wanted[1] and not thin, False],
     )  # fmt: skip
+    if wanted[1] and thin:
+        read = values[:, :, :: g.stride[0], :: g.stride[1]].contiguous(memory_format=layout)
+        _, dw, _ = torch.ops.aten.convolution_backward(
+            grad, read, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], g.groups, [False, True, False]
+        )
     return (dx if wanted[0] else None), (dw if wanted[1] else None), db
