@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from bitwright.errors import ExportError
 from bitwright.export.graph import DOMAIN, OPSET, Lowbit
 from bitwright.export.layers import fill
+from bitwright.export.parity import settings
 from bitwright.export.tidy import tidy
 from bitwright.export.writer import Writer, storage
 from bitwright.kernels.reference import Geometry
@@ -136,6 +137,8 @@ def test_formats_without_an_onnx_form_are_refused(name: str) -> None:
 def test_linear(weight: str, input: str) -> None:
     x = torch.randn(3, 7, 32) * torch.logspace(-2, 2, 7).unsqueeze(-1)
     layer = linear(weight, activation(input, x))
+    if weight == "int8/channel" and layer.input_spec.dynamic and "session.x64quantprecision" in settings():
+        pytest.skip("without VNNI: ONNX Runtime's MatMulInteger of 8-bit weights saturates")
     expected = layer(x)
     assert torch.allclose(filled(layer, x), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 

@@ -268,7 +268,7 @@ def test_attention_is_opened_where_only_its_output_projection_is_quantized() -> 
     simulated = calibrated(net, plan, [x])
     with torch.no_grad():
         assert not torch.allclose(simulated(x), net(x))
-        assert torch.equal(convert(simulated)(x), simulated(x))
+        torch.testing.assert_close(convert(simulated)(x), simulated(x))  # float inputs: sums in another order
 
 
 def test_the_fused_path_of_an_encoder_layer_cannot_pass_its_quantized_layers() -> None:
