@@ -6,12 +6,11 @@ the classifier have 8 bits, residual adds too. Calibration: 512 training images;
 2,000 others; the 10,000 test images are read once per run, after training. Drops are paired with the control of one
 seed. Writes results/qat_resnet20.json after every run and continues from it.
 
-The longer budgets of the last two commands are for two and three bits on both sides (PACT, Choi 2018, table 2), each
-with a control of its own.
+The longer budget of the last command is for two and three bits on both sides (PACT, Choi 2018, table 2), with a control
+of its own.
 
     python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --epochs 6 --only control W3A3
+    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2 W3A3
 """
 
 from __future__ import annotations
