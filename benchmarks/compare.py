@@ -1,8 +1,9 @@
 """Compares what the benchmarks measured with the stored baseline: which ratios became worse.
 
 Every row of ``results/<name>.json`` with a ``speed`` (times faster than the reference of the same round, with its 10 %
-and 90 % quantiles) is compared with the row of ``baseline.json``. Ratios, unlike times, carry over between machines of
-one kind. A row is slower when even its upper quantile lies below the baseline's lower one; then the exit code is 1.
+and 90 % quantiles) is compared with the row of ``baseline.json`` for the instruction set that was measured. Ratios,
+unlike times, carry over between machines of one kind. A row is slower when even its upper quantile lies below the
+baseline's lower one; then the exit code is 1.
 
     python benchmarks/compare.py [--accept]
 """
@@ -18,6 +19,7 @@ from results import FOLDER
 
 BASELINE = Path(__file__).parent / "baseline.json"
 Rows = dict[str, dict[str, float]]
+Tables = dict[str, Rows]  # by instruction set
 
 
 def ratios(results: dict[str, Any], name: str) -> Rows:
@@ -46,23 +48,36 @@ def compared(now: Rows, then: Rows) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def measured() -> Tables:
+    """The rows of all results, by the instruction set of the machine that each file names."""
+    found: Tables = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        results = json.loads(path.read_text())
+        if rows := ratios(results, path.stem):
+            found.setdefault(results["machine"]["isa"], {}).update(rows)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--accept", action="store_true", help="what was measured becomes the baseline")
     accept = parser.parse_args().accept
-    now: Rows = {}
-    for path in sorted(FOLDER.glob("*.json")):
-        now |= ratios(json.loads(path.read_text()), path.stem)
-    then: Rows = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    now = measured()
+    then: Tables = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     if accept:
-        BASELINE.write_text(json.dumps({**then, **now}, indent=1, sort_keys=True) + "\n")
-        print(f"{len(now)} rows stored in {BASELINE.name}")
+        merged = then | {isa: then.get(isa, {}) | rows for isa, rows in now.items()}
+        BASELINE.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+        print(f"{sum(map(len, now.values()))} rows stored in {BASELINE.name}")
         return
-    found = compared(now, then)
-    for key, text in found.items():
-        print(f"{key}: {text}")
-    slower = sum(text.startswith("slower") for text in found.values())
-    print(f"{len(now.keys() & then.keys())} rows compared, {slower} slower")
+    slower = 0
+    for isa, rows in now.items():
+        known = then.get(isa, {})
+        found = compared(rows, known)
+        for key, text in found.items():
+            print(f"{key}: {text}")
+        worse = sum(text.startswith("slower") for text in found.values())
+        print(f"{isa}: {len(rows.keys() & known.keys())} rows compared, {worse} slower")
+        slower += worse
     raise SystemExit(1 if slower else 0)
 
 

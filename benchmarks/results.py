@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
+from bitwright.kernels.cpu import BEST_ISA, ISA
+
 FOLDER = Path(__file__).parent / "results"
 
 
 def write(name: str, results: dict[str, object]) -> None:
-    """``results/<name>.json`` with the machine's processor, core count and torch version."""
+    """``results/<name>.json`` with the machine's processor and its instruction set, threads and torch version."""
     FOLDER.mkdir(exist_ok=True)
-    machine = {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    isa = next(name for name, number in ISA.items() if number == BEST_ISA)
+    machine = {"processor": _processor(), "isa": isa, "threads": torch.get_num_threads(), "torch": torch.__version__}
     (FOLDER / f"{name}.json").write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
 
 

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -34,3 +35,27 @@ def test_only_ratios_beyond_both_spreads_count(compare):
 def test_rows_are_found_in_nested_tables(compare):
     results = {"machine": {"threads": 2}, "float": 0.5, "a": row(1.5), "b": {"c": row(2.5) | {"ms": 3.0}}}
     assert compare.ratios(results, "x") == {"x: a": row(1.5), "x: b: c": row(2.5)}
+
+
+def test_every_instruction_set_has_its_own_baseline(compare, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "FOLDER", tmp_path)
+    monkeypatch.setattr(compare, "BASELINE", tmp_path / "kept" / "baseline.json")
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "baseline.json").write_text(
+        json.dumps({"other": {"x: a": row(9.0)}, "avx2": {"x: a": row(1.5)}})
+    )
+    (tmp_path / "x.json").write_text(json.dumps({"machine": {"isa": "avx2"}, "a": row(1.5)}))
+    (tmp_path / "text.json").write_text(json.dumps({"drop": 0.5}))  # states no ratio, names no machine
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 0
+    assert "avx2: 1 rows compared, 0 slower" in capsys.readouterr().out
+    (tmp_path / "x.json").write_text(json.dumps({"machine": {"isa": "avx2"}, "a": row(1.0)}))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 1
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--accept"])
+    compare.main()
+    kept = json.loads((tmp_path / "kept" / "baseline.json").read_text())
+    assert kept == {"other": {"x: a": row(9.0)}, "avx2": {"x: a": row(1.0)}}
