@@ -1,6 +1,6 @@
 // AVX2: a logical vector is a pair of ymm registers. vpmaddubsw saturates its 16-bit sums for 8-bit weights,
-// so those are split into even and odd bytes of 16 bits each and multiplied with vpmaddwd, which is exact; 4-
-// and 2-bit weights stay below the limit (2 * 15 * 128 = 3840). Tiles of 4 rows x 1 block: 8 accumulators.
+// so those are split into even and odd bytes of 16 bits each and multiplied with vpmaddwd, which is exact; narrower
+// weights stay below the limit (halves.h). Tiles of 4 rows x 1 block: 8 accumulators.
 // Layouts in dispatch.h; unaligned access throughout.
 #include <immintrin.h>
 
@@ -32,6 +32,7 @@ struct Avx2 {
     static constexpr int kSingleBlocks = 2;
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
+    static constexpr bool kHalves = true;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;
@@ -175,17 +176,18 @@ struct Avx2 {
         return {_mm256_or_si256(_mm256_and_si256(lo, mask), low.lo),
                 _mm256_or_si256(_mm256_and_si256(hi, mask), low.hi)};
     }
+    static BW_INLINE __m256i four(const uint8_t* p) {
+        int32_t bytes;
+        std::memcpy(&bytes, p, 4);
+        return _mm256_set1_epi32(bytes);
+    }
     template <int BITS>
-    static BW_INLINE auto broadcast(const uint8_t* p) {
-        int32_t four;
-        std::memcpy(&four, p, 4);
-        const __m256i x = _mm256_set1_epi32(four);
+    static BW_INLINE Four broadcast(const uint8_t* p) {
+        const __m256i x = four(p);
         if constexpr (BITS == 8) {
-            return Four{_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
-        } else if constexpr (BITS == kSignedEight) {
-            return Four{_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+            return {_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
         } else {
-            return x;
+            return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
         }
     }
     template <int BITS>
@@ -196,12 +198,18 @@ struct Avx2 {
         acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi_odd, x.odd));
         return acc;
     }
-    template <int BITS>
-    static BW_INLINE I dot(I acc, const I& w, __m256i x) {
-        const __m256i ones = _mm256_set1_epi16(1);
-        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, x), ones));
-        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, x), ones));
-        return acc;
+    // Narrow weights: halves.h.
+    using Half = __m256i;
+    template <int HALF>
+    static BW_INLINE Half half(const I& w) {
+        return HALF == 0 ? w.lo : w.hi;
+    }
+    static BW_INLINE Half pairs(Half w, const uint8_t* x) { return _mm256_maddubs_epi16(w, four(x)); }
+    static BW_INLINE Half add_halves(Half a, Half b) { return _mm256_add_epi16(a, b); }
+    template <int HALF>
+    static BW_INLINE void widen(I& acc, Half sum) {
+        __m256i& to = HALF == 0 ? acc.lo : acc.hi;
+        to = _mm256_add_epi32(to, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
     }
 };
 

@@ -22,6 +22,7 @@ struct Avx512 {
     static constexpr int kSingleBlocks = 4;
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
+    static constexpr bool kHalves = false;
     static constexpr bool kFused = true;
     static constexpr int kSignedHalf = 128;
     using Table = __m512;

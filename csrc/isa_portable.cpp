@@ -35,6 +35,7 @@ struct Portable {
     static constexpr int kSingleBlocks = 1;
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
+    static constexpr bool kHalves = false;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;

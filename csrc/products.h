@@ -1,6 +1,7 @@
 // The products of one unit of weights with the rows of a tile.
 #pragma once
 
+#include "halves.h"
 #include "pairs.h"
 #include "unit.h"
 
@@ -31,6 +32,8 @@ BW_INLINE void unit_products(const uint8_t* w, int64_t block_bytes, const RowPoi
     load_unit<S, BITS>(w, block_bytes, raw);
     if constexpr (in_pairs<S, ROWS>()) {
         pair_steps<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
+    } else if constexpr (in_halves<S, BITS>()) {
+        half_steps<S, BITS, 0>(raw, x, stride, acc);
     } else {
         unit_step<S, BITS, ROWS, BLOCKS, 0>(raw, x, stride, acc);
     }

@@ -37,12 +37,14 @@
 #define BW_PIN(vector) (void)0
 #endif
 
-// BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_PREFETCH
-// requests a line for the second-level cache.
+// BW_OPAQUE hides where a pointer came from, so that loops keep it in a register of its own; BW_FORGET makes the
+// compiler read memory again; BW_PREFETCH requests a line for the second-level cache.
 #if defined(__GNUC__) || defined(__clang__)
 #define BW_OPAQUE(pointer) __asm__("" : "+r"(pointer))
+#define BW_FORGET __asm__("" ::: "memory")
 #define BW_PREFETCH(pointer) __builtin_prefetch(pointer, 0, 2)
 #else
 #define BW_OPAQUE(pointer) (void)0
+#define BW_FORGET (void)0
 #define BW_PREFETCH(pointer) (void)0
 #endif
