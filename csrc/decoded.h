@@ -108,8 +108,8 @@ BW_INLINE typename S::F decoded_value(const typename S::Table& table, typename S
         return S::to_float(S::template signed_byte<K>(low));
     } else {
         const typename S::I moved = S::template shift_right<8 * (K % 4) + Load<BITS>::kWidth * (K / 4)>(low);
-        if constexpr (BITS == 3) return S::look_up(table, S::template low_two<K>(moved, high));
-        return S::look_up(table, moved);
+        if constexpr (BITS == 3) return S::template look_up<BITS>(table, S::template low_two<K>(moved, high));
+        return S::template look_up<BITS>(table, moved);
     }
 }
 
@@ -156,6 +156,15 @@ void decoded_tile(const Decoded& d, int64_t row, int64_t block) {
     tile.finish(row, block);
 }
 
+// Whether the table counts up by 1, as that of an integer format does: an instruction set may then convert codes of 4
+// bits and add the first value in place of looking them up (S::kConsecutive, S::Consecutive), with the same values.
+static BW_INLINE bool consecutive(const float* table) {
+    for (int i = 1; i < 16; ++i) {
+        if (table[i] != table[0] + static_cast<float>(i)) return false;
+    }
+    return true;
+}
+
 // Values of one block for the matrix product of another library: [inputs][16] at a distance of `stride`.
 template <class S>
 struct DecodedPanel {
@@ -171,6 +180,9 @@ struct DecodedPanel {
 
 template <class S, int BITS>
 void decode_panel(const Decoded& d, int64_t begin, int64_t end, float* out, int64_t stride) {
+    if constexpr (BITS == 4 && S::kConsecutive) {
+        if (consecutive(d.table)) return decode_panel<typename S::Consecutive, BITS>(d, begin, end, out, stride);
+    }
     constexpr int kLoads = BITS == 3 ? 2 : 1;
     constexpr int64_t kBytes = BITS == 3 ? 3 * kGroupBytes : kGroupBytes;
     for (int64_t block = begin; block < end; ++block) {
@@ -206,6 +218,9 @@ BW_INLINE void decoded_tile_of(const Decoded& d, int64_t row, int64_t rows, int6
 // Rows [row_begin, row_end) against blocks [begin, end).
 template <class S, int BITS>
 void decoded_run(const Decoded& d, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    if constexpr (BITS == 4 && S::kConsecutive) {
+        if (consecutive(d.table)) return decoded_run<typename S::Consecutive, BITS>(d, row_begin, row_end, begin, end);
+    }
     const int64_t count = row_end - row_begin;
     const int64_t tiles = (count + S::kDecodedRows - 1) / S::kDecodedRows;
     for (int64_t t = 0; t < tiles; ++t) {

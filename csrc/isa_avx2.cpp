@@ -9,7 +9,9 @@
 namespace bitwright {
 namespace {
 
-struct Avx2 {
+// CONSECUTIVE: tables of values count up by 1, see decoded.h.
+template <bool CONSECUTIVE>
+struct Avx2For {
     struct F {
         __m256 lo, hi;
     };
@@ -33,6 +35,8 @@ struct Avx2 {
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
     static constexpr bool kHalves = true;
+    static constexpr bool kConsecutive = !CONSECUTIVE;
+    using Consecutive = Avx2For<true>;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;
@@ -121,7 +125,7 @@ struct Avx2 {
         return add_int(acc, {_mm256_madd_epi16(x.lo, w.lo), _mm256_madd_epi16(x.hi, w.hi)});
     }
 
-    static BW_INLINE Table table(const float* p) { return load(p); }
+    static BW_INLINE Table table(const float* p) { return CONSECUTIVE ? set(p[0]) : load(p); }
     static BW_INLINE I load_codes(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
     template <int COUNT>
     static BW_INLINE I shift_right(I a) {
@@ -144,14 +148,22 @@ struct Avx2 {
         return {select_low_two(low.lo, _mm256_srli_epi32(_mm256_slli_epi32(high.lo, kLeft), kRight)),
                 select_low_two(low.hi, _mm256_srli_epi32(_mm256_slli_epi32(high.hi, kLeft), kRight))};
     }
-    // A permutation knows eight values; the fourth bit of a code chooses between two of them.
+    // A permutation knows eight values, which are all that narrow codes have (tables of fewer are repeated); the fourth
+    // bit of a wider code chooses between two of them.
+    template <int BITS>
     static BW_INLINE __m256 look_up_half(Table table, __m256i codes) {
         const __m256 below = _mm256_permutevar8x32_ps(table.lo, codes);
+        if constexpr (BITS <= 3) return below;
         const __m256 above = _mm256_permutevar8x32_ps(table.hi, codes);
         return _mm256_blendv_ps(below, above, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
     }
+    template <int BITS>
     static BW_INLINE F look_up(Table table, I codes) {
-        return {look_up_half(table, codes.lo), look_up_half(table, codes.hi)};
+        if constexpr (CONSECUTIVE) {
+            const __m256i mask = _mm256_set1_epi32(15);
+            return add(to_float({_mm256_and_si256(codes.lo, mask), _mm256_and_si256(codes.hi, mask)}), table);
+        }
+        return {look_up_half<BITS>(table, codes.lo), look_up_half<BITS>(table, codes.hi)};
     }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
@@ -215,6 +227,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels* avx2_kernels() { return table<Avx2>(); }
+const Kernels* avx2_kernels() { return table<Avx2For<false>>(); }
 
 }  // namespace bitwright

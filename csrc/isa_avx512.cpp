@@ -23,6 +23,7 @@ struct Avx512 {
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
     static constexpr bool kHalves = false;
+    static constexpr bool kConsecutive = false;
     static constexpr bool kFused = true;
     static constexpr int kSignedHalf = 128;
     using Table = __m512;
@@ -97,6 +98,7 @@ struct Avx512 {
         const I third = K < 2 ? _mm512_slli_epi32(high, K < 2 ? 2 - K : 0) : _mm512_srli_epi32(high, K < 2 ? 0 : K - 2);
         return _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), low, third, 0xCA);  // mask ? low : third
     }
+    template <int BITS>
     static BW_INLINE F look_up(Table table, I codes) { return _mm512_permutexvar_ps(codes, table); }
 
     static BW_INLINE Raw load_raw(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -11,7 +11,6 @@ namespace {
 struct NeonI8mm : Neon {
     static constexpr int kTileRows = 6;
     static constexpr bool kPairs = true;
-    static constexpr bool kHalves = false;
 
     // From rows to pairs, and back.
     static BW_INLINE void exchange(I& a, I& b) {

@@ -36,6 +36,7 @@ struct Portable {
     static constexpr int kByteBias = 0;
     static constexpr bool kPairs = false;
     static constexpr bool kHalves = false;
+    static constexpr bool kConsecutive = false;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = F;
@@ -153,6 +154,7 @@ struct Portable {
     static BW_INLINE I low_two(const I& low, const I& high) {
         return each<I>([&](int i) { return wrap((bits(low.v[i]) & 3u) | ((bits(high.v[i]) >> K & 1u) << 2)); });
     }
+    template <int BITS>
     static BW_INLINE F look_up(const Table& table, const I& codes) {
         return each<F>([&](int i) { return table.v[bits(codes.v[i]) & 15u]; });
     }

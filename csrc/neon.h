@@ -36,6 +36,7 @@ struct Neon {
     static constexpr int kByteBias = 128;
     static constexpr bool kPairs = false;
     static constexpr bool kHalves = false;
+    static constexpr bool kConsecutive = false;
     static constexpr bool kFused = false;
     static constexpr int kSignedHalf = 0;
     using Table = uint8x16x4_t;
@@ -173,6 +174,7 @@ struct Neon {
         });
     }
     // The table has 64 bytes; value c is at the four from 4c on.
+    template <int BITS>
     static BW_INLINE F look_up(Table table, I codes) {
         return each<F>([&](int i) {
             const uint32x4_t code = vandq_u32(vreinterpretq_u32_s32(codes.v[i]), vdupq_n_u32(15));

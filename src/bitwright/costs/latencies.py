@@ -112,7 +112,11 @@ class MeasuredPrices:
 
     def rest(self) -> Cost:
         """The measured time of the whole model, less that of the layers with choices as the plan ships them."""
-        layers = math.fsum(self.layer(path, self.work.decided(path)).latency for path in self.work.calls)
+        return self.less(self.layer)
+
+    def less(self, layer: Callable[[str, Decided], Cost]) -> Cost:
+        """The measured time of the whole model, less what ``layer`` says of every layer as the plan ships it."""
+        layers = math.fsum(layer(path, self.work.decided(path)).latency for path in self.work.calls)
         return Cost(latency=self.whole().seconds - layers)
 
     def whole(self) -> Timing:

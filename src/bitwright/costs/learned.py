@@ -78,8 +78,7 @@ class LearnedPrices:
 
     def rest(self) -> Cost:
         """The measured time of the whole model, less that of the layers with choices as the plan ships them."""
-        own = math.fsum(self.layer(path, self.measured.work.decided(path)).latency for path in self.measured.work.calls)
-        return Cost(latency=self.measured.whole().seconds - own)
+        return self.measured.less(self.layer)
 
 
 def learn(table: LatencyTable) -> Learned:
