@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test tiny check native sanitize arm bench
+.PHONY: setup demo test tiny check native sanitize arm avx512 bench
 
 .venv/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -45,6 +45,9 @@ arm:                         ## the same on 64-bit Arm, emulated: with dot produ
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ >/dev/null; \
 	$(CMAKE) --build build/arm -j 2; \
 	for cpu in max cortex-a53; do qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu build/arm/self_test 60; done
+
+avx512:                      ## the same on an emulated CPU with AVX-512 VNNI, for machines without (tools/avx512.sh says what it needs)
+	CMAKE=$(CMAKE) tools/avx512.sh
 
 bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
 	$(BIN)/pip install -q -c constraints.txt openvino gguf

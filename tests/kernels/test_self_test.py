@@ -1,7 +1,8 @@
-"""The test program of the native kernels: sanitized here, and emulated on 64-bit Arm where the tools for it are."""
+"""The test program of the native kernels: sanitized here, emulated where the tools are: 64-bit Arm, AVX-512 VNNI."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,3 +37,14 @@ def test_arm_computes_the_same() -> None:
     assert "instruction sets: portable neon_dotprod neon_i8mm\n" in out
     assert "instruction sets: portable\n" in out  # a CPU without dot products
     assert out.count("refusals: as stated") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("make", "g++", "bochs-bin", "xorriso", "cpio"))) or os.geteuid() != 0,
+    reason="needs what tools/avx512.sh names, and root for a device file",
+)
+def test_avx512_computes_the_same() -> None:
+    out = made("avx512")
+    assert "instruction sets: portable avx2 avx512_vnni" in out
+    assert "refusals: as stated" in out
