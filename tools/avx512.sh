@@ -8,10 +8,11 @@ cd "$(dirname "$0")/.."
 cases=${1:-60} cmake=${CMAKE:-cmake} work=build/avx512
 mkdir -p $work/root/dev $work/iso/isolinux
 
-"$cmake" -S . -B $work -DBITWRIGHT_SELF_TEST=ON -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null
+"$cmake" -S . -B $work -DBITWRIGHT_SELF_TEST=ON >/dev/null
 "$cmake" --build $work -j 2
-cc -O1 -static -DCASES="\"$cases\"" -o $work/root/init csrc/tests/boot.c
+cc -DCASES="\"$cases\"" -o $work/root/init csrc/tests/boot.c
 cp $work/self_test $work/root/
+ldd $work/self_test | grep -o "/[^ ]*" | while read -r library; do install -D "$library" "$work/root$library"; done
 test -e $work/root/dev/console || mknod $work/root/dev/console c 5 1
 (cd $work/root && find . | cpio -o -H newc --quiet) | gzip -1 >$work/iso/initrd
 
