@@ -1,6 +1,6 @@
 // Products of narrow weights for instruction sets that multiply bytes into 16-bit sums of pairs (S::kHalves): a few
-// steps are added in 16 bits before they are widened to the accumulators. 4 steps of 4-bit weights reach
-// 4 * 2 * 15 * 128 = 15360, so nothing saturates. Half of the lanes at a time: the accumulators of a tile leave few
+// steps are added in 16 bits before they are widened to the accumulators. Two steps of 4-bit weights
+// reach 2 * 2 * 15 * 128 = 7680, four of 3 bits 7168: nothing saturates. Half of the lanes at a time: the accumulators of a tile leave few
 // registers, and those must hold the weights of all steps.
 #pragma once
 
