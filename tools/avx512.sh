@@ -2,7 +2,7 @@
 # Runs tests on an emulated CPU with AVX-512 VNNI, for machines without: Bochs boots Debian's kernel with what they need.
 #
 #     tools/avx512.sh                                  the test program of the native kernels (csrc/tests)
-#     tools/avx512.sh python -m pytest tests/kernels   any command of the environment; an hour for this one
+#     tools/avx512.sh python -m pytest tests/kernels   any command of the environment, slowly
 #
 # Debian: apt-get install bochs bochsbios vgabios isolinux syslinux-common xorriso cpio. Debian's Bochs has its debugger
 # compiled in; BOCHS names a faster one (configure --enable-x86-64 --enable-avx --enable-evex --enable-memtype
