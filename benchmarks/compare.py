@@ -1,9 +1,11 @@
-"""Compares what the benchmarks measured with the stored baseline: which ratios became worse.
+"""Compares what the benchmarks measured with the stored baseline: which kernels became slower.
 
 Every row of ``results/<name>.json`` with a ``speed`` (times faster than the reference of the same round, with its 10 %
-and 90 % quantiles) is compared with the row of ``baseline.json`` for the instruction set that was measured. Ratios,
-unlike times, carry over between machines of one kind. A row is slower when even its upper quantile lies below the
-baseline's lower one; then the exit code is 1.
+and 90 % quantiles) is compared with the row of ``baseline.json`` for the instruction set that was measured; rows apart
+by more than both their intervals are listed. Few rounds on a shared host leave such rows where nothing changed, so the
+verdict is one per kernel: the median change of its rows over shapes and batches, beside that of every peer in the same
+script. Peers did not change, so theirs is what the host does. A kernel is slower when its median change is worse than
+that of every peer by more than a tenth; then the exit code is 1.
 
     python benchmarks/compare.py [--accept]
 """
@@ -12,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from results import FOLDER
 
 BASELINE = Path(__file__).parent / "baseline.json"
+PEERS = ("torch", "llama.cpp", "ONNX Runtime", "OpenVINO")  # what names of their rows begin with
+TOLERANCE = 0.9  # of the worst peer's change
 Rows = dict[str, dict[str, float]]
 Tables = dict[str, Rows]  # by instruction set
 
@@ -48,6 +54,27 @@ def compared(now: Rows, then: Rows) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def changes(now: Rows, then: Rows) -> dict[str, dict[str, float]]:
+    """By script, the median change of each contender's rows over shapes and batches, without the rows of pairs."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key in now.keys() & then.keys():
+        script, *_, name = key.split(": ")
+        if " over " not in name:
+            found[script][name].append(now[key]["speed"] / then[key]["speed"])
+    return {script: {name: statistics.median(each) for name, each in names.items()} for script, names in found.items()}
+
+
+def slower(medians: dict[str, float]) -> list[str]:
+    """Ours of one script whose change is worse than every peer's by more than a tenth; prints what it judges by."""
+    peers = [change for name, change in medians.items() if name.startswith(PEERS)]
+    limit = TOLERANCE * min([1.0, *peers])
+    ours = {name: change for name, change in sorted(medians.items()) if not name.startswith(PEERS)}
+    for whose, each in (("peers", peers), ("of ours", list(ours.values()))):
+        print(f"    {len(each)} {whose}: {min(each, default=1):.2f} to {max(each, default=1):.2f}")
+    print(f"    slower is below {limit:.2f}")
+    return [name for name, change in ours.items() if change < limit]
+
+
 def measured() -> Tables:
     """The rows of all results, by the instruction set of the machine that each file names."""
     found: Tables = {}
@@ -69,16 +96,18 @@ def main() -> None:
         BASELINE.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
         print(f"{sum(map(len, now.values()))} rows stored in {BASELINE.name}")
         return
-    slower = 0
+    worse = 0
     for isa, rows in now.items():
         known = then.get(isa, {})
-        found = compared(rows, known)
-        for key, text in found.items():
+        for key, text in compared(rows, known).items():
             print(f"{key}: {text}")
-        worse = sum(text.startswith("slower") for text in found.values())
-        print(f"{isa}: {len(rows.keys() & known.keys())} rows compared, {worse} slower")
-        slower += worse
-    raise SystemExit(1 if slower else 0)
+        print(f"{isa}: {len(rows.keys() & known.keys())} rows compared")
+        for script, medians in changes(rows, known).items():
+            print(f"  {script}:")
+            for name in slower(medians):
+                print(f"  SLOWER {name}: {medians[name]:.2f} of the baseline's ratio")
+                worse += 1
+    raise SystemExit(1 if worse else 0)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def main() -> None:
                     exact = model(x)
                     errors = {each: ((run(x) - exact).norm() / exact.norm()).item() for each, run in models.items()}
                 rows = bw.measure(models, x, rounds=options.rounds)
-            results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            found: dict[str, dict[str, float]] = {}
             for row in rows:
                 error = errors[row.name]
                 print(
@@ -115,10 +115,9 @@ def main() -> None:
                     flush=True,
                 )
                 speed = {"speed": row.speed.median, "speed 10 %": row.speed.low, "speed 90 %": row.speed.high}
-                results[f"{name} batch {batch} {row.name}"] = {
-                    "ms": 1e3 * row.seconds,
-                    "error": errors[row.name],
-                } | speed
+                found[row.name] = {"ms": 1e3 * row.seconds, "error": error} | speed
+            results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            results[f"{name}, batch {batch}"] = found
             write("networks", results)
 
 

@@ -3,15 +3,21 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <sys/mount.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-static int must(int result, const char* what) {
-    if (result != 0) perror(what);
-    return result;
+static void end(int status) {
+    printf("run ended with %d\n", status);
+    fflush(stdout);
+    for (;;) pause();  // a kernel whose first process ends panics over the last lines
+}
+
+static void must(int result, const char* what) {
+    if (result == 0) return;
+    perror(what);
+    end(1);
 }
 
 static void load_modules(void) {
@@ -40,7 +46,5 @@ int main(void) {
         _exit(1);
     }
     wait(&status);
-    printf("run ended with %d\n", status);
-    fflush(stdout);
-    for (;;) pause();  // a kernel whose first process ends panics over the last lines
+    end(status);
 }
