@@ -3,8 +3,8 @@
 Bits of all weights, from 2 to 8 by layer, are allocated exactly by the harm of GPTQ's codes on 512 training images (KL
 divergence, no labels); inputs and residual adds have 8. Then both, the mixed model and the float one, are trained alike
 (`qat_resnet20`: distilled from the float start, flips and shifts), on 47,488 JPEG training images; 2,000 others choose
-the kept state, the 10,000 test images are read once. The training with quantizers is kept in
-results/compressed_resnet20 and goes on there after a kill. Prints and writes results/compressed_resnet20.json.
+the kept state, the 10,000 test images are read once. Both trainings are kept in results/compressed_resnet20 and go on
+there after a kill. Prints and writes results/compressed_resnet20.json.
 
     python benchmarks/compressed_resnet20.py [--factor 13] [--epochs 12] [--seed 0] [--tiny]
 """
@@ -64,10 +64,17 @@ def epochs_of(images: Images, seed: int) -> Callable[[int], Iterator[Batch]]:
     return epoch
 
 
-def trained_float(model: nn.Module, epoch: Callable[[int], Iterator[Batch]], schedule: bw.Schedule) -> nn.Module:
-    """The control: the same loss, batches and learning rates without quantizers."""
+def trained_float(
+    model: nn.Module, epoch: Callable[[int], Iterator[Batch]], schedule: bw.Schedule, saved: Path | None
+) -> nn.Module:
+    """The control: the same loss, batches and learning rates without quantizers; goes on after the last epoch saved."""
     loss, step, number = loss_with(0.7, 4.0), 0, 0
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr_at(0), momentum=0.9, weight_decay=1e-4)
+    if saved is not None and saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, number = state["step"], state["number"]
     model.train()
     while step < schedule.steps:
         for batch in epoch(number):
@@ -78,6 +85,10 @@ def trained_float(model: nn.Module, epoch: Callable[[int], Iterator[Batch]], sch
             optimizer.step()
             step += 1
         number += 1
+        if saved is not None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "number": number}
+            torch.save(state, part := saved.with_suffix(".part"))
+            part.replace(saved)
     return model.eval()
 
 
@@ -113,7 +124,8 @@ def main() -> None:
         on_step=lambda step, value: print(f"\r{step} of {steps}: {value:.3f}", end="", flush=True),
     )
     shipped = bw.convert(prepared)
-    control = trained_float(copy.deepcopy(images.teacher), epoch, schedule)
+    saved = None if options.tiny else work.with_name(f"{work.name}_control.pt")
+    control = trained_float(copy.deepcopy(images.teacher), epoch, schedule, saved)
     if options.tiny:
         return
     path: Path = FOLDER / "compressed_resnet20.json"

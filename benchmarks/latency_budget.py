@@ -5,8 +5,10 @@ right answers on the 10,000 test images. MiniLM-L6, 16 sentences a call: weights
 32, inputs of 8 bits per token, found in the call; scores are cosines to the float embedding, 600 sentences. The harm of
 each spec is measured on other data, its time is that of the layer as it ships, in a table measured here (kept in
 results/latency_tables; remove it to measure anew). The limits are shares of what the widest plan is predicted to take;
-within each the least harm is chosen. All plans are calibrated with GPTQ, shipped, timed in turns, and scored once,
-paired with the widest. Prints and writes results/latency_budget.json.
+within each the least harm is chosen. Beside them stand the plans of one spec, and the fastest of all. All are
+calibrated with GPTQ, shipped, timed in turns, and scored once, paired with the widest. A host that changed its speed
+since the table was measured moves all of them: the second percentage compares times over the widest's, predicted and
+measured. Prints and writes results/latency_budget.json.
 
     python benchmarks/latency_budget.py [--only ResNet20 MiniLM] [--limits 0.7 0.8 0.9] [--threads 1] [--tiny]
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,6 @@ import bitwright as bw
 from bitwright.costs.stopwatch import in_turns
 from bitwright.errors import SearchError
 from bitwright.graph.dataflow import call
-from bitwright.harm.sensitivity import Harm
 from bitwright.plan.site import ADD_SLOTS
 from bitwright.search.budget import Allocation
 from bitwright.search.mixed import Mixture
@@ -45,7 +46,6 @@ class Case:
     scores: Callable[[nn.Module], Tensor]
     how: dict[str, Any] = field(default_factory=dict)
     forward: Callable[[nn.Module, Any], Any] = call
-    floats: bool = False
 
 
 def resnet20(tiny: bool) -> Case:
@@ -61,8 +61,8 @@ def resnet20(tiny: bool) -> Case:
     plan = bw.Plan.preset("w8a8", model, x[:2], steps=("gptq",))
     plan = plan.with_sites({str(site): None for site in plan.sites if site.slot in ADD_SLOTS})
     quantized = {site: str(spec) for site, spec in plan.sites.items() if spec is not None and site not in plan.shared}
-    specs = {str(site): [*["int4/channel"][: site.is_weight], own] for site, own in quantized.items()}
-    return Case(model, plan, specs, list(x.split(64)), x[:1], lambda of: bw.item_scores(of, items), floats=True)
+    specs = {str(site): [*["int4/channel"][: site.is_weight], own, "float"] for site, own in quantized.items()}
+    return Case(model, plan, specs, list(x.split(64)), x[:1], lambda of: bw.item_scores(of, items))
 
 
 def minilm(tiny: bool) -> Case:
@@ -103,17 +103,21 @@ def choices(name: str, case: Case, seconds: float) -> Mixture:
     harm = bw.sensitivity(
         case.model, case.plan, case.calibration, case.specs, work=work, forward=case.forward, **case.how
     )
-    if case.floats:
-        harm = replace(harm, rows=(*harm.rows, *(Harm(site, "float", 0.0, 0.0) for site in harm.sites)))
     cache = FOLDER / "latency_tables"
     table = bw.measure_machine(case.model, case.plan, case.example, harm.sites, cache=cache, seconds=seconds)
     return bw.mixture(case.model, case.plan, case.example, harm, latency=table)
 
 
-def allocations(found: Mixture, plan: bw.Plan, limits: list[float]) -> dict[str, Allocation]:
-    """The widest plan, the fastest of all, and the least harm within each limit that can be met."""
-    widest = found.of(plan)
-    out = {"widest": widest, "fastest": found.allocate(bw.Budget(), minimize="latency")}
+def allocations(found: Mixture, case: Case, limits: list[float]) -> dict[str, Allocation]:
+    """The widest plan, each other spec wherever it is a choice, the fastest plan, the least harm within each limit."""
+    widest = found.of(case.plan)
+    out = {"widest": widest}
+    for spec in sorted({text for texts in case.specs.values() for text in texts}):
+        uniform = {site: spec for site, texts in case.specs.items() if spec in texts}
+        one = found.of(case.plan.with_sites(uniform))
+        if one.sites != widest.sites:
+            out[f"all {spec}"] = one
+    out["fastest"] = found.allocate(bw.Budget(), minimize="latency")
     for limit in limits:
         try:
             out[f"at most {limit:g}"] = found.allocate(bw.Budget(latency=limit * widest.cost.latency))
@@ -131,21 +135,23 @@ def shipped(case: Case, plan: bw.Plan) -> nn.Module:
 
 def measured(name: str, case: Case, limits: list[float], seconds: float) -> dict[str, object]:
     """Predicted and measured latency, and what the scores lose against the widest plan, for each allocation."""
-    found = allocations(choices(name, case, seconds), case.plan, limits)
+    found = allocations(choices(name, case, seconds), case, limits)
     models = [shipped(case, bw.with_allocation(case.plan, one)) for one in found.values()]
     timings = in_turns([[partial(call, one, case.example)] for one in models], 0.005, 10 * seconds)
     scores, rows = [case.scores(one) for one in models], {}
+    widest = next(iter(found.values()))
     for (label, one), timed, score in zip(found.items(), timings, scores, strict=True):
-        drop, ratio = bw.paired_drop(scores[0], score), timed.seconds / timings[0].seconds
-        predicted, off = 1e3 * one.cost.latency, 100 * (timed.seconds / one.cost.latency - 1)
-        narrow = sum("int4" in spec for spec in one.sites.values())
+        drop, predicted = bw.paired_drop(scores[0], score), one.cost.latency
+        ratios = predicted / widest.cost.latency, timed.seconds / timings[0].seconds
+        off = [100 * (timed.seconds / predicted - 1), 100 * (ratios[1] / ratios[0] - 1)]
         rows[label] = {
-            "predicted ms": predicted, "measured ms": 1e3 * timed.seconds, "error": 1e3 * timed.error, "ratio": ratio,
-            "score": score.mean().item(), "drop": drop.drop, "low": drop.low, "high": drop.high, "4 bits": narrow,
+            "predicted ms": 1e3 * predicted, "measured ms": 1e3 * timed.seconds, "error": 1e3 * timed.error,
+            "predicted ratio": ratios[0], "measured ratio": ratios[1], "sites": one.sites,
+            "score": score.mean().item(), "drop": drop.drop, "low": drop.low, "high": drop.high,
         }  # fmt: skip
-        print(f"{name}, {label}: predicted {predicted:.3f} ms, measured {1e3 * timed.seconds:.3f} +- "
-              f"{1e3 * timed.error:.3f} ({off:+.1f} %), {ratio:.3f} of the widest; {narrow} layers of 4 bits, "
-              f"score {score.mean().item():.4f}, drop {drop}", flush=True)  # fmt: skip
+        print(f"{name}, {label}: predicted {1e3 * predicted:.3f} ms, measured {1e3 * timed.seconds:.3f} +- "
+              f"{1e3 * timed.error:.3f} ({off[0]:+.1f} %); of the widest {ratios[0]:.3f}, measured {ratios[1]:.3f} "
+              f"({off[1]:+.1f} %); score {score.mean().item():.4f}, drop {drop}", flush=True)  # fmt: skip
     return rows
 
 

@@ -8,16 +8,16 @@ turns. Prints and writes results/latency_model.json: mean absolute percentage er
 of the latencies; then how far layers are predicted from others of their kind (`costs.learned`), each left out in turn.
 Tables are kept in results/latency_tables; remove them to measure anew.
 
-    python benchmarks/latency_model.py [--plans 20] [--threads 1] [--only ResNet20 ...] [--tiny]
+    python benchmarks/latency_model.py [--plans 20] [--threads 1] [--target onnxruntime] [--only ResNet20 ...] [--tiny]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ import bitwright as bw
 from bitwright.costs.cost import Cost
 from bitwright.costs.latencies import LatencyTable, table_path
 from bitwright.costs.learned import learn
+from bitwright.costs.runtimes import runtime_of, whole_run
 from bitwright.costs.stopwatch import in_turns
 from bitwright.costs.workload import Workload
-from bitwright.graph.dataflow import call
 from bitwright.harm.agreement import spearman
 from bitwright.plan.site import ADD_SLOTS
 from bitwright.search.budget import Allocation, Layer
@@ -73,9 +73,11 @@ def drawn(layers: list[Layer], plan: bw.Plan, generator: random.Random) -> Alloc
     return Allocation(sites, 0.0, cost)
 
 
-def validate(model: nn.Module, example: Tensor, count: int, seconds: float, cache: Path) -> dict[str, float]:
-    """Predicted and measured latency of ``count`` random plans."""
-    plan = bw.Plan.preset("w8a8", model, example)
+def validate(
+    model: nn.Module, example: Tensor, count: int, seconds: float, cache: Path, target: str
+) -> dict[str, float]:
+    """Predicted and measured latency of ``count`` random plans where ``target`` runs them."""
+    plan = bw.Plan.preset("w8a8", model, example, target=target)
     plan = plan.with_sites({str(site): None for site in plan.sites if site.slot in ADD_SLOTS})
     paths = {site.path for site, spec in plan.sites.items() if site.slot == "weight" and spec is not None}
     specs = {
@@ -86,7 +88,8 @@ def validate(model: nn.Module, example: Tensor, count: int, seconds: float, cach
     rest = table.prices(model, plan, example, sorted(paths)).rest().latency
     allocations = [drawn(layers, plan, generator) for _ in range(count)]
     shipped = [Workload(model, bw.with_allocation(plan, found), example, ()).shipped for found in allocations]
-    measured = [row.seconds for row in in_turns([[partial(call, one, example)] for one in shipped], 0.01, 5 * seconds)]
+    runs = [[whole_run(one, example, target)] for one in shipped]
+    measured = [row.seconds for row in in_turns(runs, 0.01, 5 * seconds)]
     predicted = [found.cost.latency + rest for found in allocations]
     errors = [abs(p - m) / m for p, m in zip(predicted, measured, strict=True)]
     return {
@@ -103,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--target", default="cpu", choices=["cpu", "onnxruntime"], help="what runs the plans")
     parser.add_argument("--only", nargs="+", choices=[name for name in CASES if name not in TINY])
     parser.add_argument("--cache", type=Path, default=FOLDER / "latency_tables", help="folder of latency tables")
     parser.add_argument("--tiny", action="store_true", help="small models and few calls: whether it runs, no figures")
@@ -110,12 +114,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     names = TINY if options.tiny else options.only or [name for name in CASES if name not in TINY]
-    results: dict[str, object] = {}
+    path = FOLDER / "latency_model.json"
+    results: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         make, shape = CASES[name]
         count, seconds = (3, 0.01) if options.tiny else (options.plans, 1.0)
-        results[name] = row = validate(make(), torch.randn(*shape), count, seconds, options.cache)
-        print(name, ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+        row = validate(make(), torch.randn(*shape), count, seconds, options.cache, options.target)
+        results[f"{name}, {runtime_of(options.target)}"] = row
+        print(
+            name, runtime_of(options.target), ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True
+        )
     learned = learn(LatencyTable.load(table_path(options.cache)))
     results["left out"] = dict(sorted(learned.errors.items()))
     for kind, error in sorted(learned.errors.items()):

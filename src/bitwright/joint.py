@@ -35,8 +35,7 @@ from bitwright.flow.convert import convert
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
 from bitwright.harm.sensitivity import MEASURED, Loss, sensitivity
-from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.plan import Plan
+from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import matching
 from bitwright.plan.target import spelled
 from bitwright.search.budget import Budget
@@ -141,7 +140,7 @@ def mix_model(
 def _check_specs(plan: Plan, specs: Specs) -> None:
     """The plan itself is among those tried, so its own specs are choices."""
     found = {
-        site: [str(QuantSpec.parse(t)) for t in texts] for p, texts in specs.items() for site in matching(p, plan.sites)
+        site: [spelled(read_spec(t)) for t in texts] for p, texts in specs.items() for site in matching(p, plan.sites)
     }
     for site, texts in found.items():
         own = spelled(plan.sites[site])

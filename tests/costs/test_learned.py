@@ -108,6 +108,6 @@ def test_what_a_call_does_is_counted() -> None:
     work = Workload(model, plan_of(model), example(), ["blocks.0.0", "out"])
     [made] = work.calls["blocks.0.0"]
     load = work.load("blocks.0.0", work.decided("blocks.0.0"), made)
-    assert load.kind == "Conv2d (3, 3) weight=int8/channel, input=uint8/asym from cache"
+    assert load.kind == "Conv2d (3, 3) weight=int8/channel, input=uint8/asym from cache in bitwright"
     assert (load.macs, load.moved) == (4 * 4 * 9 * 36, 2 * 4 * 36)
     assert 4 * 4 * 9 <= load.stored <= 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from bitwright.numerics.affine import simulate
 from bitwright.observe.fit import weight_qparams
 from bitwright.plan.plan import Plan
 from bitwright.plan.site import Site
+from bitwright.search.budget import Budget
+from bitwright.search.mixed import mixture
 
 FAST = {"weight": "minmax", "input": "minmax"}
 WEIGHTS = {"*.weight": ["int2/channel", "int4/channel", "int8/channel"]}
@@ -248,6 +251,19 @@ def test_a_file_gets_its_folder_and_one_that_cannot_be_written_is_named(tmp_path
         found.save(tmp_path / "new" / "harm.json" / "below")
 
 
+@pytest.mark.parametrize("method", ["kl", "fisher"])
+def test_float_is_a_spec_without_harm(method: str, tmp_path: Path) -> None:
+    model, work = net(), tmp_path / "harm.json"
+    specs = {"3.weight": ["int2/channel", "float"], "6.input": ["float", "uint8/asym"]}
+    found = sensitivity(model, plan_of(model), batches(), specs, method=method, work=work)
+    assert found.sites == {"3.weight": ["int2/channel", "float"], "6.input": ["float", "uint8/asym"]}
+    assert found.table["3.weight", "float"] == Harm("3.weight", "float", 0.0, 0.0)
+    assert found.table["3.weight", "int2/channel"].harm > 0
+    assert Sensitivity.load(work).table == found.table
+    chosen = mixture(model, plan_of(model).with_sites({"3.input": None}), batches()[0][:1], replace(found, rank=1.0))
+    assert chosen.allocate(Budget()).sites == {"3.weight": "float", "6.input": "float"}
+
+
 def test_a_file_of_other_data_is_refused(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "harm.json"
     sensitivity(model, plan_of(model), batches(), {"3.weight": ["int2"]}, work=path)
@@ -311,6 +327,8 @@ def test_proxies_that_do_not_agree_are_refused() -> None:
     good = agreement(made("fisher", [1.0, 3, 2, 4, 5, 6, 8, 7]), truth)
     assert good.rank == pytest.approx(1 - 6 * 4 / (8 * 63))
     check(good)
+    floats = tuple(Harm(f"{i}.weight", "float", 0.0, 0.0) for i in range(8))
+    assert agreement(replace(good, rows=good.rows + floats), replace(truth, rows=truth.rows + floats)).rank == good.rank
     bad = agreement(made("fisher", [8.0, 7, 6, 5, 1, 2, 3, 4]), truth)
     with pytest.raises(SearchError, match=r"below 0\.6; measure the harm instead"):
         check(bad)

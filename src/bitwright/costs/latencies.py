@@ -2,7 +2,8 @@
 
 Every distinct call (module, sizes, geometry, batch norm, shapes and strides of the arguments, specs) is timed once,
 as it ships: alone, with the kernel that `kernels.table.select` takes, its own encoding of the input included. All
-choices of a layer take turns, and its float form with them.
+choices of a layer take turns, and its float form with them. Where the plan's target is ``onnxruntime``, layers and the
+whole model are exported and run there.
 
 Inside a model a layer finds its weights in the cache that they survived in until it runs again. A call is therefore
 timed on copies of the layer that are used one after the other, as many as hold the bytes of the whole model's weights
@@ -15,14 +16,12 @@ of its layers. A prediction for the plan itself is thus exact, and changes by wh
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,13 @@ from torch import nn
 from bitwright.costs.choices import Specs, combinations, spread
 from bitwright.costs.cost import Cost
 from bitwright.costs.fingerprint import fingerprint
+from bitwright.costs.runtimes import layer_runs, whole_run
 from bitwright.costs.stopwatch import Timing, in_turns
 from bitwright.costs.workload import Call, Load, Workload, bytes_read
 from bitwright.costs.workload import Specs as Decided
 from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
-from bitwright.graph.dataflow import call, evaluating
+from bitwright.graph.dataflow import evaluating
 from bitwright.plan.plan import Plan
 from bitwright.plan.target import spelled
 
@@ -157,11 +157,11 @@ def measure_machine(
     """Time on this machine what `mixture` needs: layers that ``specs`` select, for each choice, and the whole model.
 
     ``model`` is the float model, ``specs`` maps patterns over the sites of ``plan`` to specs, as in `sensitivity`;
-    ``float`` is one. A choice is timed until the standard error of its median is ``precision`` of it, or for
-    ``seconds``. Rows of earlier calls, in the file of this machine in the folder ``cache``, are not timed again; new
-    ones are written there layer by layer, so that the same call goes on after a kill. The number of threads is torch's.
-    Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model; warns where other
-    programs kept the processor busy.
+    ``float`` is one. The target of ``plan`` says what runs it, PyTorch or ONNX Runtime. A choice is timed until the
+    standard error of its median is ``precision`` of it, or for ``seconds``. Rows of earlier calls, in the file of this
+    machine in the folder ``cache``, are not timed again; new ones are written there layer by layer, so that the same
+    call goes on after a kill. The number of threads is torch's. Raises `SearchError` for a damaged table, and for sites
+    that are no module of the shipped model; warns where other programs kept the processor busy.
     """
     path = table_path(cache)
     table = LatencyTable.load(path) if path.exists() else LatencyTable()
@@ -180,7 +180,7 @@ def measure_machine(
 
     with evaluating(work.shipped):
         if work.whole not in table.rows:
-            table = note([work.whole], [[partial(call, work.shipped, example)]], {})
+            table = note([work.whole], [[whole_run(work.shipped, example, plan.target)]], {})
     for place, calls in work.calls.items():
         choices = [
             {site.slot: spec for site, spec in own.items()} for _, own in combinations(model, plan, place, wanted)
@@ -210,5 +210,4 @@ def copies_of(work: Workload, path: str, choices: list[Decided], made: Call) -> 
     """The calls of each choice, on as many copies of the layer as hold the bytes of the whole model's weights."""
     layers = [work.alone(path, own, made) for own in choices]
     count = min(max(1, -(-work.among // max(sum(map(bytes_read, layers)), 1))), _MOST_COPIES)
-    copies = [[layer, *(copy.deepcopy(layer) for _ in range(count - 1))] for layer in layers]
-    return [[partial(layer.forward, *made.args, **made.kwargs) for layer in own] for own in copies]
+    return [layer_runs(layer, made.args, made.kwargs, work.plan.target, count) for layer in layers]

@@ -1,7 +1,8 @@
 """What a shipped model does with an example: the calls of its layers, each with the key of its row in a latency table.
 
 A key says everything that the time of a call depends on beside the machine: class, sizes and geometry of the module,
-batch norm behind it, shapes, types and strides of the arguments, specs, and among how many bytes of weights it lives.
+batch norm behind it, shapes, types and strides of the arguments, specs, among how many bytes of weights it lives, and
+what runs it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from bitwright.costs.choices import module_at
 from bitwright.costs.cost import Work, work_of
 from bitwright.costs.fingerprint import last_level_cache
+from bitwright.costs.runtimes import runtime_of
 from bitwright.errors import SearchError
 from bitwright.flow.calibrate import calibrate
 from bitwright.flow.convert import convert
@@ -66,6 +68,7 @@ class Workload:
 
     def __init__(self, model: nn.Module, plan: Plan, example: Any, paths: Iterable[str]) -> None:
         self.model, self.plan, self.example = model, plan, example
+        self.runtime = runtime_of(plan.target)
         quick = replace(plan, steps=(), observers=dict(_FAST), ranges=dict(DEFAULT_RANGES))
         prepared = prepare(model, quick)
         calibrate(prepared, [example])
@@ -96,12 +99,12 @@ class Workload:
 
     @property
     def whole(self) -> str:
-        """The key of the whole model: digest of what its forward does, of its parameters, and of the plan."""
+        """The key of the whole model: digest of what its forward does, of its parameters and of the plan; runtime."""
         nodes = [f"{node.name} {node.shapes}" for node in record(self.model, self.example).nodes]
         sizes = [f"{name} {list(tensor.shape)}" for name, tensor in self.model.state_dict().items()]
         sites = [f"{site} {spelled(spec)}" for site, spec in self.plan.sites.items()]
         folds = [f"{path} {norm}" for path, norm in self.plan.folds.items()]
-        return f"whole {type(self.model).__name__} {digest([nodes, sizes, sites, folds])}"
+        return f"whole {type(self.model).__name__} {digest([nodes, sizes, sites, folds])} in {self.runtime}"
 
     def decided(self, path: str) -> dict[str, QuantSpec | None]:
         """Specs of a layer by slot, as the plan decides."""
@@ -112,7 +115,7 @@ class Workload:
         norm = self._norm(path)
         parts = [_signature(module_at(self.model, path)), "" if norm is None else _signature(norm), str(made)]
         chosen = ", ".join(f"{slot}={spelled(spec)}" for slot, spec in specs.items())
-        return " | ".join([*(part for part in parts if part), chosen, f"among {self.among:,} bytes"])
+        return " | ".join([*(part for part in parts if part), chosen, f"among {self.among:,} bytes in {self.runtime}"])
 
     def load(self, path: str, specs: Specs, made: Call) -> Load:
         """What one call of the layer at ``path`` does with these specs."""
@@ -122,7 +125,9 @@ class Workload:
         depthwise = "depthwise" if parts > 1 and parts == getattr(module, "in_channels", 0) else ""
         chosen = ", ".join(f"{slot}={spelled(spec)}" for slot, spec in specs.items())
         source = "memory" if self.among > last_level_cache() else "cache"
-        kind = " ".join([type(module).__name__, *filter(None, (str(window), depthwise)), chosen, f"from {source}"])
+        kind = " ".join(
+            [type(module).__name__, *filter(None, (str(window), depthwise)), chosen, f"from {source} in {self.runtime}"]
+        )
         return Load(kind, work.macs, bytes_read(self.alone(path, specs, made)), work.inputs + work.outputs)
 
     def alone(self, path: str, specs: Specs, made: Call) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bitwright.errors import ExportError, MissingExtraError
-from bitwright.export.graph import lowbit_layers, trace
+from bitwright.export.graph import Lowbit, lowbit_layers, trace
 from bitwright.export.layers import fill
 from bitwright.export.tidy import tidy
 
@@ -39,12 +39,16 @@ def export(model: nn.Module, path: str | Path, example: Any, *, format: str = "o
         raise ExportError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a folder; name a file, e.g. {path / 'model.onnx'}")
-    layers = lowbit_layers(model)
+    _write(to_onnx(model, lowbit_layers(model), example), path)
+
+
+def to_onnx(model: nn.Module, layers: dict[str, Lowbit], example: Any) -> ModelProto:
+    """What `export` writes, for a model with these low-bit ``layers``; without any it is the float model's graph."""
     exported = trace(model, layers, example)
     fill(exported.graph, layers)
     tidy(exported)
     _check(exported)
-    _write(exported, path)
+    return exported
 
 
 def require_onnx() -> None:

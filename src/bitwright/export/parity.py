@@ -16,8 +16,9 @@ to 8 bits), and on CPUs without VNNI ``session.x64quantprecision = 1`` (else sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,12 @@ def run_onnx(path: str | Path, batch: Any) -> list[Tensor]:
     return _run(_session(_loaded(path), optimized=True), batch, None)
 
 
+def onnx_runner(proto: ModelProto, batch: Any) -> Callable[[], Any]:
+    """A session of ONNX Runtime with default optimisations as a call without arguments that runs it on one batch."""
+    session = _session(proto, optimized=True)
+    return partial(session.run, None, _feeds(session, batch))
+
+
 def _joined(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([out.detach().double().flatten() for out in outputs])
 
@@ -146,6 +153,14 @@ def _session(proto: ModelProto, *, optimized: bool) -> InferenceSession:
 
 
 def _run(session: InferenceSession, batch: Any, names: list[str] | None) -> list[Tensor]:
+    feeds = _feeds(session, batch)
+    try:
+        return [torch.from_numpy(out) for out in session.run(names, feeds)]
+    except Exception as cause:
+        raise ExportError(f"ONNX Runtime cannot run the file on this batch: {cause}") from cause
+
+
+def _feeds(session: InferenceSession, batch: Any) -> dict[str, Any]:
     wanted = [entry.name for entry in session.get_inputs()]
     by_name = isinstance(batch, dict) and set(wanted) <= set(batch)
     leaves = [batch[name] for name in wanted] if by_name else tree_leaves(batch)
@@ -154,7 +169,4 @@ def _run(session: InferenceSession, batch: Any, names: list[str] | None) -> list
         raise ExportError(
             f"the file takes {len(wanted)} inputs ({', '.join(wanted)}), the batch has {len(tensors)} tensors"
         )
-    try:
-        return [torch.from_numpy(out) for out in session.run(names, dict(zip(wanted, tensors, strict=True)))]
-    except Exception as cause:
-        raise ExportError(f"ONNX Runtime cannot run the file on this batch: {cause}") from cause
+    return dict(zip(wanted, tensors, strict=True))

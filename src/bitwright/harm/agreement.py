@@ -38,11 +38,12 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 def agreement(proxy: Sensitivity, measured: Sensitivity) -> Sensitivity:
     """The proxy with its ``rank`` filled in: Spearman correlation with measured harm over the rows that both have.
 
-    Raises `SearchError` for fewer than 8 common rows, and for a ``measured`` that is itself a proxy.
+    Rows of ``float`` say nothing: both give them 0. Raises `SearchError` for fewer than 8 common rows, and for a
+    ``measured`` that is itself a proxy.
     """
     if measured.method not in MEASURED:
         raise SearchError(f"a proxy is compared with measured harm ({' or '.join(MEASURED)}), got {measured.method!r}")
-    common = [key for key in proxy.table if key in measured.table]
+    common = [key for key in proxy.table if key in measured.table and key[1] != "float"]
     if len(common) < _FEWEST:
         raise SearchError(f"the two have {len(common)} rows in common; {_FEWEST} are needed to compare ranks")
     pairs = [[of.table[key].harm for key in common] for of in (proxy, measured)]

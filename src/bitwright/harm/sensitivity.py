@@ -39,9 +39,9 @@ from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
 from bitwright.harm import fisher, hessian_harm
 from bitwright.harm.alone import Activations, Forward, Weights
-from bitwright.numerics.spec import QuantSpec
-from bitwright.plan.plan import Plan
+from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, matching
+from bitwright.plan.target import spelled
 
 METHODS = {
     "loss": "of the loss",
@@ -135,17 +135,19 @@ def sensitivity(
 ) -> Sensitivity:
     """Harm of each of ``specs`` at the sites that its pattern selects, alone; ``plan`` gives observers, folds, steps.
 
-    ``model`` is the float model, ``loss(model, batch)`` the mean over the items of a batch. Sites that share a
-    quantizer count as one, under the name of their leader. With ``work`` rows are written there one by one, and the
-    same call goes on after the last. Raises `SearchError` for fewer than two batches (no standard error), an unknown
-    method, a loss that is missing or not finite, activations that are not a positional argument of their module, and a
-    file of another search.
+    ``model`` is the float model, ``loss(model, batch)`` the mean over the items of a batch. ``float`` is a spec too; it
+    does no harm. Sites that share a quantizer count as one, under the name of their leader. With ``work`` rows are
+    written there one by one, and the same call goes on after the last. Raises `SearchError` for fewer than two batches
+    (no standard error), an unknown method, a loss that is missing or not finite, activations that are not a positional
+    argument of their module, and a file of another search.
     """
     batches = list(batches)
     _check(method, loss, batches)
     wanted = [(site, text) for site, texts in _wanted(plan, specs).items() for text in texts]
     blank = Sensitivity(method, METHODS[method], digest(batches), digest(plan.to_toml()), len(batches))
     found = _resumed(blank, work)
+    floats = [(str(site), text) for site, text in wanted if text == "float" and (str(site), text) not in found.table]
+    found = replace(found, rows=(*found.rows, *(Harm(*each, 0.0, 0.0) for each in floats)))
     todo = [(site, text) for site, text in wanted if (str(site), text) not in found.table]
     with evaluating(model):
         measure = CURVATURE.get(method, _Measured(method).harms)
@@ -174,7 +176,7 @@ def _wanted(plan: Plan, specs: Specs) -> dict[Site, list[str]]:
     for pattern, texts in specs.items():
         for site in matching(pattern, plan.sites):
             leader = plan.shared.get(site, site)
-            found[leader] = list(dict.fromkeys(str(QuantSpec.parse(text)) for text in texts))
+            found[leader] = list(dict.fromkeys(spelled(read_spec(text)) for text in texts))
     return found
 
 
