@@ -101,12 +101,13 @@ def main() -> None:
         known = then.get(isa, {})
         for key, text in compared(rows, known).items():
             print(f"{key}: {text}")
-        print(f"{isa}: {len(rows.keys() & known.keys())} rows compared")
+        before = worse
         for script, medians in changes(rows, known).items():
             print(f"  {script}:")
             for name in slower(medians):
                 print(f"  SLOWER {name}: {medians[name]:.2f} of the baseline's ratio")
                 worse += 1
+        print(f"{isa}: {len(rows.keys() & known.keys())} rows compared, {worse - before} slower")
     raise SystemExit(1 if worse else 0)
 
 

@@ -37,6 +37,20 @@ def test_rows_are_found_in_nested_tables(compare):
     assert compare.ratios(results, "x") == {"x: a": row(1.5), "x: b: c": row(2.5)}
 
 
+def test_a_kernel_is_slower_only_beyond_what_every_peer_lost(compare):
+    shapes, then, now = range(4), {}, {}
+    for name, change in {"llama.cpp Q4_0": 0.8, "torch float32": 1.0, "int4": 0.73, "int8": 0.7, "int3": 1.1}.items():
+        then |= {f"kernels: {shape}: {name}": row(2.0) for shape in shapes}
+        now |= {f"kernels: {shape}: {name}": row(2.0 * change) for shape in shapes}
+    now["kernels: 0: int3"] = row(0.1)  # one cell says little
+    then |= {"kernels: pairs: int4 over llama.cpp Q4_0": row(1.0)}
+    now |= {"kernels: pairs: int4 over llama.cpp Q4_0": row(0.1)}
+    medians = compare.changes(now, then)["kernels"]
+    assert medians["int3"] == pytest.approx(1.1)
+    assert "int4 over llama.cpp Q4_0" not in medians
+    assert compare.slower(medians) == ["int8"]  # below 0.9 of 0.8
+
+
 def test_every_instruction_set_has_its_own_baseline(compare, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "FOLDER", tmp_path)
     monkeypatch.setattr(compare, "BASELINE", tmp_path / "kept" / "baseline.json")
