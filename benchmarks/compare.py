@@ -3,9 +3,9 @@
 Every row of ``results/<name>.json`` with a ``speed`` (times faster than the reference of the same round, with its 10 %
 and 90 % quantiles) is compared with the row of ``baseline.json`` for the instruction set that was measured; rows apart
 by more than both their intervals are listed. Few rounds on a shared host leave such rows where nothing changed, so the
-verdict is one per kernel: the median change of its rows over shapes and batches, beside that of every peer in the same
-script. Peers did not change, so theirs is what the host does. A kernel is slower when its median change is worse than
-that of every peer by more than a tenth; then the exit code is 1.
+verdict is on medians: the change of a kernel's rows over shapes and batches, and over the shapes of one batch, beside
+that of every peer in the same rows. Peers did not change, so theirs is what the host does. A kernel is slower when its
+median change is worse than that of every peer by more than a tenth; then the exit code is 1.
 
     python benchmarks/compare.py [--accept]
 """
@@ -55,12 +55,14 @@ def compared(now: Rows, then: Rows) -> dict[str, str]:
 
 
 def changes(now: Rows, then: Rows) -> dict[str, dict[str, float]]:
-    """By script, the median change of each contender's rows over shapes and batches, without the rows of pairs."""
+    """By script, and by script and batch, the median change of each contender's rows, without the rows of pairs."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key in now.keys() & then.keys():
-        script, *_, name = key.split(": ")
+        script, *case, name = key.split(": ")
         if " over " not in name:
-            found[script][name].append(now[key]["speed"] / then[key]["speed"])
+            batch = "".join(case).split(", ")[-1]
+            for group in (script, f"{script}, {batch}"):
+                found[group][name].append(now[key]["speed"] / then[key]["speed"])
     return {script: {name: statistics.median(each) for name, each in names.items()} for script, names in found.items()}
 
 

@@ -49,6 +49,10 @@ def test_a_kernel_is_slower_only_beyond_what_every_peer_lost(compare):
     assert medians["int3"] == pytest.approx(1.1)
     assert "int4 over llama.cpp Q4_0" not in medians
     assert compare.slower(medians) == ["int8"]  # below 0.9 of 0.8
+    then = {f"kernels: {shape}, {rows} rows: int4": row(2.0) for shape in shapes for rows in (1, 8, 64)}
+    now = then | {f"kernels: {shape}, 8 rows: int4": row(1.0) for shape in shapes}
+    medians = compare.changes(now, then)
+    assert [name for name in medians if compare.slower(medians[name])] == ["kernels, 8 rows"]
 
 
 def test_every_instruction_set_has_its_own_baseline(compare, monkeypatch, tmp_path, capsys):
