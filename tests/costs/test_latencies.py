@@ -30,7 +30,9 @@ from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.search.speeds import speeds
 
-pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine
+pytestmark = pytest.mark.filterwarnings(  # tests share a machine, and their models are tiny
+    "ignore:this process had the processor", "ignore:the layers with choices take"
+)
 PROGRAM = Path(__file__).parent / "latency_nets.py"
 PATHS = ["blocks.0.0", "blocks.1.0", "out"]
 HARM = {"int2/channel": 1.0, "int4/channel": 0.1, "int8/channel": 0.0}
@@ -275,6 +277,14 @@ def test_a_limit_on_latency_is_kept_and_predictions_add_up() -> None:
     with pytest.raises(SearchError, match=r"the smallest that any choice reaches is latency 0\.88"):
         made.allocate(bw.Budget(latency=0.8))
     assert bw.with_allocation(plan, found).sites[bw.Site("out", "weight")] is not None
+
+
+def test_layers_that_take_more_than_the_model_are_told() -> None:
+    model, table = net(), synthetic({"int2/channel": 0.01, "int4/channel": 0.02, "int8/channel": 0.05}, whole=0.1)
+    harm = sensitivity([f"{path}.weight" for path in PATHS])
+    with pytest.warns(UserWarning, match="take 150 ms one by one, the whole model 100 ms: in bitwright .*time the"):
+        made = bw.mixture(model, plan_of(model), example(), harm, latency=table)
+    assert made.of(plan_of(model)).cost.latency == pytest.approx(0.1)  # the plan that was measured
 
 
 def test_a_width_without_a_winning_kernel_is_named_and_taken_for_its_bytes_only() -> None:

@@ -19,7 +19,9 @@ from bitwright.costs.stopwatch import Timing
 from bitwright.costs.workload import Load, Workload
 from bitwright.errors import SearchError
 
-pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine
+pytestmark = pytest.mark.filterwarnings(  # tests share a machine, and their models are tiny
+    "ignore:this process had the processor", "ignore:the layers with choices take"
+)
 SHAPES = st.lists(
     st.tuples(st.integers(1, 10**9), st.integers(1, 10**7), st.integers(1, 10**6)), min_size=8, max_size=20, unique=True
 )

@@ -17,7 +17,9 @@ from bitwright.costs.workload import Workload
 from bitwright.errors import SearchError
 from bitwright.search.speeds import speeds
 
-pytestmark = pytest.mark.filterwarnings("ignore:this process had the processor")  # tests share a machine
+pytestmark = pytest.mark.filterwarnings(  # tests share a machine, and their models are tiny
+    "ignore:this process had the processor", "ignore:the layers with choices take"
+)
 INPUTS = {"blocks.*.input": ["uint8/asym", "float"]}
 
 

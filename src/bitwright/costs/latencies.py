@@ -43,6 +43,7 @@ from bitwright.plan.target import spelled
 VERSION = 1
 _MOST_COPIES = 64
 _IDLE = 0.8  # the share of the processor below which a machine is busy
+_EXCESS = 1.25  # layers by themselves over the model that holds them, above which their sums are no prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,19 @@ class MeasuredPrices:
         return self.less(self.layer)
 
     def less(self, layer: Callable[[str, Decided], Cost]) -> Cost:
-        """The measured time of the whole model, less what ``layer`` says of every layer as the plan ships it."""
+        """The measured time of the whole model, less what ``layer`` says of every layer as the plan ships it.
+
+        Warns where the layers by themselves take far more than the model.
+        """
         layers = math.fsum(layer(path, self.work.decided(path)).latency for path in self.work.calls)
-        return Cost(latency=self.whole().seconds - layers)
+        whole = self.whole().seconds
+        if layers > _EXCESS * whole:
+            warnings.warn(
+                f"the layers with choices take {1e3 * layers:.3g} ms one by one, the whole model {1e3 * whole:.3g} ms: "
+                f"in {self.work.runtime} their sum says little about a model this small; time the chosen plan itself",
+                stacklevel=4,
+            )
+        return Cost(latency=whole - layers)
 
     def whole(self) -> Timing:
         """The whole model as the plan ships it; raises `SearchError` where it was not measured."""
