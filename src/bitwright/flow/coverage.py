@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -60,50 +61,38 @@ def coverage(model: nn.Module) -> list[Covered]:
 
     Tied tensors are counted once. Raises `ModelError` for a model that was not prepared.
     """
-    plan = plan_of(model)
-    rows, once = [], _Once()
-    for path, module in model.named_modules():
-        if isinstance(module, LowbitLayer):
-            site = _site(path, plan)
-            scales = [part for name, part in module.named_buffers() if name.startswith("weight_scale_")]
-            stored = once.weight(module) + once(*scales)
-            ranges = once(module.input_scale, module.input_zero_point)
-            elements = math.prod(module.shape)
-            rows.append(
-                Covered(
-                    str(site), str(module.weight_spec), spelled(module.input_spec), stored + ranges, elements,
-                    plan.why.get(site, ""),
-                )
-            )  # fmt: skip
-            if module.bias is not None:
-                rows.append(
-                    Covered(
-                        str(replace(site, slot=site.slot.replace("weight", "bias"))),
-                        "float",
-                        "",
-                        once(module.bias),
-                        module.bias.numel(),
-                        "biases stay float",
-                    )
-                )
-        elif isinstance(module, LowbitAdd):
-            stored = once(*(buffer for _, buffer in module.named_buffers()))
-            specs = ", ".join(str(spec) for spec in module.input_specs)
-            rows.append(Covered(path, "", specs, stored, 0, plan.why.get(Site(path, "input.0"), "")))
-        elif isinstance(module, LowbitOperation):
-            stored = once(*module.buffers())
-            rows.append(Covered(path, "", module.specs, stored, 0, _why_operation(path, plan)))
-        elif not isinstance(module, Operand):
-            for name, tensor in (
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ):
-                full, site = f"{path}.{name}" if path else name, _site(path, plan)
-                if site.path != path:  # a product that stays in float, inside a shipped module
-                    full = str(replace(site, slot=site.slot.replace("weight", name)))
-                why = plan.why.get(site, f"{type(module).__name__} has no quantized form")
-                rows.append(Covered(full, "float", "", once(tensor), tensor.numel(), why))
-    return rows
+    plan, once = plan_of(model), _Once()
+    return [row for path, module in model.named_modules() for row in _rows(path, module, plan, once)]
+
+
+def _rows(path: str, module: nn.Module, plan: Plan, once: _Once) -> Iterator[Covered]:
+    """What one module stores itself."""
+    if isinstance(module, LowbitLayer):
+        yield from _layer(path, module, plan, once)
+    elif isinstance(module, LowbitAdd):
+        stored = once(*(buffer for _, buffer in module.named_buffers()))
+        specs = ", ".join(str(spec) for spec in module.input_specs)
+        yield Covered(path, "", specs, stored, 0, plan.why.get(Site(path, "input.0"), ""))
+    elif isinstance(module, LowbitOperation):
+        yield Covered(path, "", module.specs, once(*module.buffers()), 0, _why_operation(path, plan))
+    elif not isinstance(module, Operand):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            full, site = f"{path}.{name}" if path else name, _site(path, plan)
+            if site.path != path:  # a product that stays in float, inside a shipped module
+                full = str(replace(site, slot=site.slot.replace("weight", name)))
+            why = plan.why.get(site, f"{type(module).__name__} has no quantized form")
+            yield Covered(full, "float", "", once(tensor), tensor.numel(), why)
+
+
+def _layer(path: str, layer: LowbitLayer, plan: Plan, once: _Once) -> Iterator[Covered]:
+    site = _site(path, plan)
+    scales = [part for name, part in layer.named_buffers() if name.startswith("weight_scale_")]
+    stored = once.weight(layer) + once(*scales) + once(layer.input_scale, layer.input_zero_point)
+    formats, why = (str(layer.weight_spec), spelled(layer.input_spec)), plan.why.get(site, "")
+    yield Covered(str(site), *formats, stored, math.prod(layer.shape), why)
+    if layer.bias is not None:
+        bias = replace(site, slot=site.slot.replace("weight", "bias"))
+        yield Covered(str(bias), "float", "", once(layer.bias), layer.bias.numel(), "biases stay float")
 
 
 def _site(path: str, plan: Plan) -> Site:
