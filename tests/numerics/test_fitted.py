@@ -26,6 +26,16 @@ LLOYD = {
     16: ([0.1284, 0.388, 0.6568, 0.9423, 1.2562, 1.618, 2.069, 2.7326], 0.009501),
 }
 
+# Best clipping point and error of 2^b - 1 even levels, -(2^(b-1) - 1) s to (2^(b-1) - 1) s, for N(0, 1).
+NARROW = {
+    2: (1.224, 0.19017),
+    3: (1.952, 0.046860),
+    4: (2.474, 0.012889),
+    5: (2.899, 0.0036932),
+    6: (3.270, 0.0010693),
+    8: (3.921, 8.831e-5),
+}
+
 
 @pytest.fixture(scope="module")
 def million() -> Tensor:
@@ -36,6 +46,20 @@ def error(x: Tensor, table: Tensor, weights: Tensor | None = None) -> float:
     middles = (table[:, 1:] + table[:, :-1]) / 2
     squares = (table.gather(1, torch.searchsorted(middles, x)) - x).double().square()
     return (squares if weights is None else squares * weights).sum().item()
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_even_levels_have_the_known_errors_and_best_clipping_points(bits, million):
+    alpha, mse = NARROW[bits]
+    spec = QuantSpec.parse(f"int{bits}")
+
+    def clipped_at(end: float) -> float:
+        narrow = million.clamp(-end, end)  # so that the code -2^(b-1) is never used
+        found = simulate(narrow, spec, QParams(torch.tensor([end / spec.format.qmax])))
+        return (found - million).double().square().mean().item()
+
+    assert clipped_at(alpha) == pytest.approx(mse, rel=0.023)  # 0.1 dB
+    assert clipped_at(alpha) < min(clipped_at(0.94 * alpha), clipped_at(1.06 * alpha))
 
 
 @pytest.mark.parametrize("levels", LLOYD)
