@@ -77,6 +77,9 @@ def test_scores_of_items_give_a_confidence(setting):
     assert result.confidence == 0.95
     assert [trial.name for trial in result.trials][-1] == result.best
     assert "95% confidence" in str(result.report)
+    lines = str(result).splitlines()
+    assert any(line.startswith(f"{result.best} (best)") for line in lines)
+    assert str(result).endswith(str(result.report))
     assert result.float_score == pytest.approx(1.0)
     assert result.report.rows[1].drop.high <= 0.08
 
@@ -95,6 +98,7 @@ def test_a_goal_that_was_not_met_has_no_confidence(setting):
     result = quantize_model(model, batches, right, evaluation=evaluation, max_drop=0.1, max_bytes=10, recipes=CHEAP)
     assert not result.met
     assert result.confidence is None
+    assert "The goal was not met" in str(result.report)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor, nn
 
 from bitwright.bench.measure import measure, model_bytes
@@ -18,6 +20,7 @@ from bitwright.plan.plan import Plan
 from bitwright.search.journal import Trial
 from bitwright.search.judge import CONFIDENCE, Judge, PairedJudge, PointJudge
 from bitwright.search.ladder import Climb, Goal, Task, candidates, climb, known_rungs
+from bitwright.search.table import trials_table
 
 LEVELS = {
     "fp32": ("float", "float"),
@@ -50,6 +53,13 @@ class Result:
     trials: tuple[Trial, ...] = ()
     folder: Path | None = None
     stopped: str = ""
+
+    def __str__(self) -> str:
+        """The table of rungs, then the report, which says what was met and how sure that is."""
+        console = Console(file=io.StringIO(), width=100)
+        with console.capture() as text:
+            console.print(trials_table(self.trials, self.best))
+        return f"{text.get()}\n{self.report}"
 
 
 def quantize_model(
@@ -170,6 +180,8 @@ def _notes(best: Trial, goal: Goal, sure: float | None) -> list[str]:
     notes = [f"Shipped: {best.name}."]
     if sure is not None:
         notes.append(f"The score drops by at most {goal.max_drop:g}, with {sure:.0%} confidence over the whole search.")
-    elif goal.max_drop is not None and goal.met(best):
+    elif not goal.met(best):
+        notes.append("The goal was not met; this is the best answer found.")
+    elif goal.max_drop is not None:
         notes.append("The two scores were compared as they are; how sure that is was not measured.")
     return notes
