@@ -56,10 +56,9 @@ class Result:
 
     def __str__(self) -> str:
         """The table of rungs, then the report, which says what was met and how sure that is."""
-        console = Console(file=io.StringIO(), width=100)
-        with console.capture() as text:
-            console.print(trials_table(self.trials, self.best))
-        return f"{text.get()}\n{self.report}"
+        text = io.StringIO()
+        Console(file=text, width=100).print(trials_table(self.trials, self.best))
+        return f"{text.getvalue()}\n{self.report}"
 
 
 def quantize_model(
