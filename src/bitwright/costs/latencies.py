@@ -125,7 +125,7 @@ class MeasuredPrices:
         if layers > _EXCESS * whole:
             warnings.warn(
                 f"the layers with choices take {1e3 * layers:.3g} ms one by one, the whole model {1e3 * whole:.3g} ms: "
-                f"in {self.work.runtime} their sum says little about a model this small; time the chosen plan itself",
+                f"in {self.work.runtime} their sum says little about this model; time the chosen plan itself",
                 stacklevel=4,
             )
         return Cost(latency=whole - layers)
