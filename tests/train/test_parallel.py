@@ -26,6 +26,7 @@ from bitwright.plan.plan import Plan
 from bitwright.train.loop import train
 from bitwright.train.parallel import average_statistics
 from bitwright.train.schedule import Schedule
+from bitwright.train.step import StepRules
 from nets import one_thread, unequal_kernels  # noqa: F401
 
 STEPS, KEEP = 16, {"conv2": 1.0}
@@ -158,6 +159,19 @@ def with_shards(rank: int, folder: str) -> dict[str, Any]:
     return {"model": state, "shipped": shipped(whole.eval())}
 
 
+def with_shards_and_live_norms(rank: int, folder: str) -> dict[str, Any]:
+    model = ready(half(rank), lonely=False)
+    start = model.conv1.weight_quantizer.scale.detach().clone()
+    for layer in (model.conv1, model.conv2, model.fc):
+        fully_shard(layer)
+    fully_shard(model)
+    rules = StepRules(model, Schedule(steps=4))
+    rules.before(0)
+    model.norm1.running_var *= 4.0
+    rules.after(0)
+    return {"start": start, "scale": model.conv1.weight_quantizer.scale.full_tensor().detach()}
+
+
 def with_mistakes(rank: int, folder: str) -> dict[str, Any]:
     found = {}
     for name, wrap in {"plain": lambda m: m, "freezing": DistributedDataParallel}.items():
@@ -177,6 +191,7 @@ SCENES: dict[str, Callable[[int, str], dict[str, Any]]] = {
         with_nan_on_one_rank,
         with_a_stop,
         with_shards,
+        with_shards_and_live_norms,
         with_mistakes,
     )
 }
@@ -247,6 +262,12 @@ def test_sharded_training_ends_with_the_same_bits_on_every_rank(ranks: list[dict
     one, other = (found["with_shards"] for found in ranks)
     assert same(one["model"], other["model"])
     assert same(one["shipped"], other["shipped"])
+
+
+@pytest.mark.slow
+def test_sharded_ranges_follow_the_norm_folded_into_their_weight(ranks: list[dict[str, Any]]) -> None:
+    for found in (rank["with_shards_and_live_norms"] for rank in ranks):
+        assert torch.allclose(found["scale"], found["start"] / 2, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ JOINT     50 %   train              by their rule updating          everything
 FINETUNE  25 %   sensitive layers   frozen        frozen            sensitive layers
 ========= ====== ================== ============= ================= ================
 
-The rule of a range (LSQ, LSQ+, PACT, EMA, AdaRange) is the plan's, see `nn.ranges`. The learning rate starts at 1 % of
-the original training's initial rate and falls along a cosine to 0.01 % of it.
+The rule of a range (LSQ, LSQ+, PACT, EMA, AdaRange) is the plan's, see `nn.ranges`. A norm that is folded into a weight
+is part of the weight's range: `train.folded` keeps both in step, and its gamma is frozen with its statistics. The
+learning rate starts at 1 % of the original training's initial rate and falls along a cosine to 0.01 % of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitwright.errors import TrainingError
 from bitwright.nn.layer import QLayer, Simulated
+from bitwright.train.folded import folded_gammas
 from bitwright.train.groups import (
     check_optimizer,
     check_ready,
@@ -151,7 +153,7 @@ class Schedule:
             self.check(model, optimizer)
             sensitive = self.sensitive_layers(model) if phase is Phase.FINETUNE else []
             model.bitwright_sensitive, model.bitwright_phase = sensitive, phase  # type: ignore[assignment]
-        self._select(model, phase)
+        self._select(model, phase, self.norms_frozen(step))
         _freeze_norms(model, self.norms_frozen(step))
         if self.precision is not None:
             set_bits(model, self.precision, step, self.steps)
@@ -174,17 +176,17 @@ class Schedule:
         if optimizer is not None:
             check_optimizer(model, optimizer, ranges=self.shares[1] > 0)
 
-    def _select(self, model: nn.Module, phase: Phase) -> None:
+    def _select(self, model: nn.Module, phase: Phase, norms_frozen: bool) -> None:
         trainable, ranges = trainable_names(model), {id(parameter) for parameter in ranges_of(model)}
         paths: Any = model.bitwright_sensitive
         kept = {id(parameter) for path in paths for parameter in _own_parameters(model, path)}
+        fixed = {id(gamma) for gamma in folded_gammas(model)} if norms_frozen else set()
         for name, parameter in model.named_parameters():
             if id(parameter) in ranges:
                 _set_trainable(parameter, phase is Phase.JOINT)
-            elif name in trainable:
-                _set_trainable(parameter, phase is not Phase.FINETUNE or id(parameter) in kept)
             else:
-                _set_trainable(parameter, False)
+                moves = name in trainable and id(parameter) not in fixed
+                _set_trainable(parameter, moves and (phase is not Phase.FINETUNE or id(parameter) in kept))
         for quantizer in quantizers_of(model):
             quantizer.freeze_range = phase is not Phase.JOINT
 

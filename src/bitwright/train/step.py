@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bitwright.errors import TrainingError
 from bitwright.numerics.affine import EPS
 from bitwright.train import adarange
+from bitwright.train.folded import factors, follow
 from bitwright.train.groups import prepared_part, ranges_of, scales_of
 from bitwright.train.oscillation import OscillationTracker
 from bitwright.train.parallel import average_gradients, average_statistics, is_sharded
@@ -39,6 +40,7 @@ class StepRules:
         self.model, self.schedule, self.optimizer = prepared_part(model), schedule, optimizer
         self.max_norm = max_norm
         self.clamped = 0
+        self.factors: list[Tensor] | None = None  # of folded norms, between `before` and `after` of one step
         self.tracker: OscillationTracker | None = None
         if schedule.oscillation is not None:
             if is_sharded(model):
@@ -49,6 +51,7 @@ class StepRules:
         """Apply the schedule and let adaptive ranges choose their mode; before the forward."""
         phase = self.schedule.apply(self.model, step, self.optimizer)
         adarange.step(self.model, learn=phase is Phase.JOINT)
+        self.factors = None if self.schedule.norms_frozen(step) else factors(self.model)
         return phase
 
     def gradients(self) -> None:
@@ -64,12 +67,14 @@ class StepRules:
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        """Keep scales positive, ranks equal, and what oscillates fixed; after the optimizer's step."""
+        """Keep scales positive and in step with folded norms, ranks equal, what oscillates fixed; after the step."""
         phase = self.schedule.phase(step)
         if phase is Phase.JOINT:
             self.clamped += _clamp(scales_of(self.model))
         if not self.schedule.norms_frozen(step):
             average_statistics(self.model)
+        if self.factors is not None:
+            follow(self.model, self.factors)
         if self.tracker is not None:
             self.tracker.step(self.model, freeze=phase is Phase.FINETUNE)
 
