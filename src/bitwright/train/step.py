@@ -69,12 +69,12 @@ class StepRules:
     def after(self, step: int) -> None:
         """Keep scales positive and in step with folded norms, ranks equal, what oscillates fixed; after the step."""
         phase = self.schedule.phase(step)
-        if phase is Phase.JOINT:
-            self.clamped += _clamp(scales_of(self.model))
         if not self.schedule.norms_frozen(step):
             average_statistics(self.model)
         if self.factors is not None:
             follow(self.model, self.factors)
+        if phase is Phase.JOINT:
+            self.clamped += _clamp(scales_of(self.model))
         if self.tracker is not None:
             self.tracker.step(self.model, freeze=phase is Phase.FINETUNE)
 
