@@ -66,6 +66,17 @@ class ResidualCnn(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class ConvNorm(nn.Module):
+    """One convolution with a batch norm to fold; images of two channels to two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
 class Mlp(nn.Sequential):
     """Linear layers with module ReLUs: paths ``0`` to ``4``."""
 

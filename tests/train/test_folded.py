@@ -14,21 +14,13 @@ from bitwright.train.folded import FLOOR, factors
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule
 from bitwright.train.step import StepRules
+from models import ConvNorm
 from nets import calibrated, layers_of, one_thread, unequal_kernels  # noqa: F401
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
 def ready(weight: str = "int3/channel", input: str = "uint8/asym") -> nn.Module:
     torch.manual_seed(0)
-    net, x = Net(), torch.randn(8, 2, 6, 6)
+    net, x = ConvNorm(), torch.randn(8, 2, 6, 6)
     for _ in range(20):
         net(x)
     return calibrated(net, Plan.preset("w8a8", net, x, sites={"*.weight": weight, "*.input": input}), [x])

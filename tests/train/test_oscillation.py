@@ -13,17 +13,8 @@ from bitwright.train.loop import train
 from bitwright.train.oscillation import Oscillation, OscillationTracker, dampening
 from bitwright.train.schedule import Schedule
 from bitwright.train.step import StepRules
-from models import Mlp, with_statistics
+from models import ConvNorm, Mlp, with_statistics
 from nets import calibrated, layers_of, one_thread, unequal_kernels  # noqa: F401
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
 def ready(net: nn.Module, x: Tensor) -> nn.Module:
@@ -81,7 +72,7 @@ def test_what_is_frozen_keeps_its_code_whatever_happens_to_it() -> None:
 
 
 def test_codes_under_a_batch_norm_that_goes_on_training_stay() -> None:
-    x, net = torch.randn(8, 2, 6, 6), with_statistics(Net())
+    x, net = torch.randn(8, 2, 6, 6), with_statistics(ConvNorm())
     with torch.no_grad():
         net.norm.weight[0] = 0.0  # a dead channel has no code to hold
     model = ready(net, x)
