@@ -10,7 +10,7 @@ The longer budget of the last command is for two and three bits on both sides (P
 of its own.
 
     python benchmarks/qat_resnet20.py [--seeds 0 1 2] [--only W2A4] [--validation-only]
-    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --only control W2A2 W3A3
+    python benchmarks/qat_resnet20.py --seeds 0 --images 47488 --epochs 6 --only control W2A2 W3A3
 """
 
 from __future__ import annotations

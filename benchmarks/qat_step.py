@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitwright as bw
+from bitwright.train.step import StepRules
 from models import CifarResNet18, Encoder
 from results import write
 
 VARIANTS = ("float32", "bf16 autocast", "w8a8", "w8a8 mixed", "w4a4", "w4a4 mixed", "w8a8 compiled")
+JOINT = 50  # a step of the joint phase of 100: weights and scales learn
 
 
 class Step:
@@ -44,6 +46,7 @@ class Step:
             self.model, self.x = Encoder(6), torch.randn(8, 128, 768)
             self.loss = lambda out: out.square().mean()
         self.model.train()
+        self.rules: StepRules | None = None
         preset, _, mode = variant.partition(" ")
         self.narrow = mode in ("mixed", "autocast")
         if preset in ("w8a8", "w4a4"):
@@ -52,17 +55,24 @@ class Step:
             self.model.train()
             schedule = bw.Schedule(steps=100)
             self.optimizer: torch.optim.Optimizer = schedule.optimizer(self.model)
-            schedule.apply(self.model, 50, self.optimizer)  # the joint phase: weights and scales learn
+            self.rules = StepRules(self.model, schedule, self.optimizer)
+            self.rules.before(JOINT)
         else:
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
         self.forward = torch.compile(self.model, fullgraph=True) if mode == "compiled" else self.model
 
     def __call__(self) -> None:
+        if self.rules is not None:
+            self.rules.before(JOINT)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
             loss = self.loss(self.forward(self.x).float())
         loss.backward()
+        if self.rules is not None:
+            self.rules.gradients()
         self.optimizer.step()
+        if self.rules is not None:
+            self.rules.after(JOINT)
 
     def kept_bytes(self) -> int:
         """Bytes that autograd keeps between forward and backward, parameters apart, each storage once."""
