@@ -37,8 +37,11 @@ def folded_gammas(model: nn.Module) -> Iterator[nn.Parameter]:
 @torch.no_grad()
 def factors(model: nn.Module) -> list[Tensor]:
     """The sizes of f of every layer with a folded norm and a range per channel, float64 `[o]`, in order of modules."""
+    layers = [layer for layer, _ in _followers(model)]
+    if not layers:  # gathering shards is dear
+        return []
     with unsharded(model):
-        return [factor_of(layer.norm[0]).abs().clamp(min=FLOOR) for layer, _ in _followers(model)]
+        return [factor_of(layer.norm[0]).abs().clamp(min=FLOOR) for layer in layers]
 
 
 @torch.no_grad()
