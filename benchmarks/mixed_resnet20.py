@@ -47,10 +47,10 @@ def harm_of(model: nn.Module, plan: bw.Plan, batches: list[Tensor], rounding: st
     plan.steps = plan.steps[:1] if rounding == "gptq" else ()
     work: Path = FOLDER / f"mixed_resnet20_{method}_{rounding}.json"
 
-    def say(row: Harm) -> None:
-        print(f"{row.site} {row.spec}: {row.harm:.2e} +- {row.error:.0e}", flush=True)
+    def show(row: Harm, done: int, total: int) -> None:
+        print(f"{done} of {total}: {row.site} {row.spec}: {row.harm:.2e} +- {row.error:.0e}", flush=True)
 
-    return bw.sensitivity(model, plan, batches, {MIDDLE: CHOICES}, method=method, work=work, say=say)
+    return bw.sensitivity(model, plan, batches, {MIDDLE: CHOICES}, method=method, work=work, on_row=show)
 
 
 def same_width(found: Sensitivity) -> list[list[tuple[str, str]]]:

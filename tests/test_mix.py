@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def test_a_process_mixes_trains_and_ships_and_goes_on(folder: Path) -> None:  # 
     assert done.returncode == 0, done.stderr
     assert "Bits by layer" in done.stdout
     assert "training kept step" in done.stdout
+    assert re.search(r"^harm .* 6/6", done.stdout, re.MULTILINE)
+    assert re.search(r"^training .* 4/4", done.stdout, re.MULTILINE)
     assert "wrote mixed: " in done.stdout
     for name in ("harm.json", "trials/state.json", "plan.toml", "calibrated/plan.toml", "trained/model.safetensors"):
         assert (folder / "mix" / name).exists()

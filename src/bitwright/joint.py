@@ -34,7 +34,7 @@ from bitwright.flow.checkpoint import PLAN, TENSORS, load, read_tensors, save
 from bitwright.flow.convert import convert
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
-from bitwright.harm.sensitivity import MEASURED, Loss, sensitivity
+from bitwright.harm.sensitivity import MEASURED, Harm, Loss, sensitivity
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import matching
 from bitwright.plan.target import spelled
@@ -87,6 +87,7 @@ def mix_model(
     example: Any = None,
     forward: Callable[[nn.Module, Any], Any] = call,
     say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Mix:
     """The best model within ``budget`` whose bits differ by layer: measured, tried, calibrated, trained, shipped.
 
@@ -96,7 +97,8 @@ def mix_model(
     for one forward on ``example`` (default: the first item of ``batches``). ``specs`` are the choices by patterns over
     sites, by default every integer weight of ``plan`` at 2 to 8 bits. With ``training`` the calibrated model is
     trained; its validation data choose the best state by ``score``, or by its loss where there is none. ``work`` is the
-    folder of all stages; each of them starts from the same random state of torch.
+    folder of all stages; each of them starts from the same random state of torch. ``say`` gets what was found, line by
+    line, ``progress(stage, done, total)`` how far the two long stages are, ``harm`` and ``training``.
 
     Raises `SearchError` for a budget that nothing meets and for too little data, `TrainingError` for a loss that is no
     finite scalar, `CheckpointError` for a folder of another call, and for files that were made from what has changed
@@ -111,12 +113,16 @@ def mix_model(
     _check_specs(plan, specs)
     if training is not None:
         _check_loss(model, training)
-    stages = _Stages(Path(work), _identity(model, plan, inputs, method), say)
+    stages = _Stages(Path(work), _identity(model, plan, inputs, method), say, progress)
+
+    def measured(row: Harm, done: int, total: int) -> None:
+        say(f"harm: {row.site} as {row.spec}: {row.harm:.3g} +- {row.error:.1g}")
+        progress("harm", done, total)
 
     def search() -> Mixed:
         harm = sensitivity(
             model, plan, inputs, specs, method=method, loss=loss, forward=forward, work=stages.folder / HARM,
-            say=lambda row: say(f"harm: {row.site} as {row.spec}: {row.harm:.3g} +- {row.error:.1g}"),
+            on_row=measured,
         )  # fmt: skip
         item = one_item(inputs[0]) if example is None else example
         return mixed(
@@ -188,6 +194,7 @@ def _trained(
             return torch.cat([score(candidate, batch).double() for batch in how.validation])
 
     def told(step: int, value: float) -> None:
+        stages.progress("training", step + 1, how.schedule.steps)
         if (step + 1) % every == 0:
             stages.say(f"training: step {step + 1} of {how.schedule.steps}, loss {value:.4g}")
 
@@ -232,8 +239,15 @@ class Stage:
 class _Stages:
     """The files of a work folder, each with a note of what it was made from, written before the file is."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], say: Callable[[str], None]) -> None:
-        self.folder, self.say, self.journal = folder, say, Journal(folder, identity, Stage)
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        say: Callable[[str], None],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.folder, self.say, self.progress = folder, say, progress
+        self.journal = Journal(folder, identity, Stage)
 
     def chosen(self, search: Callable[[], Mixed]) -> tuple[Plan, Mixed | None]:
         """The plan file: as it was edited, or the answer of the search."""

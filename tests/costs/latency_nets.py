@@ -49,11 +49,11 @@ def plan_of(model: nn.Module) -> bw.Plan:
 def main() -> None:
     torch.set_num_threads(1)
 
-    def say(key: str, row: Timing) -> None:
+    def say(key: str, row: Timing, done: int, total: int) -> None:
         print(key, flush=True)
 
     model = net()
-    bw.measure_machine(model, plan_of(model), example(), SPECS, cache=sys.argv[1], seconds=0.0, say=say)
+    bw.measure_machine(model, plan_of(model), example(), SPECS, cache=sys.argv[1], seconds=0.0, on_row=say)
 
 
 if __name__ == "__main__":

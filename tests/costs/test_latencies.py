@@ -43,8 +43,15 @@ def timed(cache: Path, specs: Mapping[str, Sequence[str]] = SPECS) -> tuple[Late
     """The table, and the keys that this call measured."""
     keys: list[str] = []
     model = net()
-    say = lambda key, row: keys.append(key)  # noqa: E731
-    return measure_machine(model, plan_of(model), example(), specs, cache=cache, seconds=0.0, say=say), keys
+    rows: list[tuple[int, int]] = []
+
+    def told(key: str, row: Timing, done: int, total: int) -> None:
+        keys.append(key)
+        rows.append((done, total))
+
+    table = measure_machine(model, plan_of(model), example(), specs, cache=cache, seconds=0.0, on_row=told)
+    assert rows == [(total - len(rows) + at, total) for at, (_, total) in enumerate(rows, 1)]
+    return table, keys
 
 
 def sensitivity(sites: Sequence[str]) -> Sensitivity:

@@ -56,8 +56,8 @@ def test_times_of_two_runtimes_have_rows_of_their_own(tmp_path: Path) -> None:
     plan, keys = for_onnxruntime(model), []
     specs = {"blocks.*.weight": ["int4/channel", "int8/channel", "float"], **INPUTS}
     measure_machine(model, plan_of(model), example(), SPECS, cache=tmp_path, seconds=0.0)
-    say = lambda key, row: keys.append(key)  # noqa: E731
-    table = measure_machine(model, plan, example(), specs, cache=tmp_path, seconds=0.0, say=say)
+    told = lambda key, row, done, total: keys.append(key)  # noqa: E731
+    table = measure_machine(model, plan, example(), specs, cache=tmp_path, seconds=0.0, on_row=told)
     assert all(key.endswith(f" in {runtime_of('onnxruntime')}") for key in keys)
     assert sum(key.endswith(" in bitwright") for key in table.rows) == len(table.rows) - len(keys) > 0
     layers = speeds(table, model, plan, example(), specs)

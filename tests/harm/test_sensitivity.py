@@ -229,17 +229,19 @@ def test_a_file_can_be_saved_read_and_continued(tmp_path: Path) -> None:
     whole = sensitivity(model, plan_of(model), batches(), WEIGHTS)
     seen: list[Harm] = []
 
-    def stop(row: Harm) -> None:
+    def stop(row: Harm, done: int, total: int) -> None:
         seen.append(row)
-        if len(seen) == 4:
+        assert (done, total) == (len(seen), 9)
+        if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(model, plan_of(model), batches(), WEIGHTS, work=path, say=stop)
+        sensitivity(model, plan_of(model), batches(), WEIGHTS, work=path, on_row=stop)
     assert len(Sensitivity.load(path).rows) == 3
-    again: list[Harm] = []
-    found = sensitivity(model, plan_of(model), batches(), WEIGHTS, work=path, say=again.append)
-    assert len(again) == 6
+    again: list[tuple[int, int]] = []
+    rest = lambda row, done, total: again.append((done, total))  # noqa: E731
+    found = sensitivity(model, plan_of(model), batches(), WEIGHTS, work=path, on_row=rest)
+    assert again == [(done, 9) for done in range(4, 10)]
     assert found == whole == Sensitivity.load(path)
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bitwright.cli.bars import bars
 from bitwright.costs.latencies import measure_machine as time_machine
 from bitwright.costs.latencies import table_path
 from bitwright.costs.roofline import get_machine, machine_names
@@ -41,10 +42,13 @@ def measure_machine(
     specs = specs_of(choices)
     net, loaded, example = model_of(model, None), Plan.load(plan), first_of(data)
 
-    def say(key: str, row: Timing) -> None:
-        console.print(f"{1e6 * row.seconds:,.1f} us +- {1e6 * row.error:.1f}: {key}", highlight=False, markup=False)
+    with bars(console) as progress:
 
-    timed = time_machine(net, loaded, example, specs, cache=cache, seconds=seconds, say=say)
+        def told(key: str, row: Timing, done: int, total: int) -> None:
+            console.print(f"{1e6 * row.seconds:,.1f} us +- {1e6 * row.error:.1f}: {key}", highlight=False, markup=False)
+            progress("latency", done, total)
+
+        timed = time_machine(net, loaded, example, specs, cache=cache, seconds=seconds, on_row=told)
     layers = speeds(timed, net, loaded, example, specs)
     console.print(_table(layers, f"{timed.machine['processor']}, {timed.machine['threads']} threads"))
     for line in slower(layers):

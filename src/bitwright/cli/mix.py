@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from bitwright.bench.measure import model_bytes
+from bitwright.cli.bars import Progress, bars
 from bitwright.cli.machines import specs_of
 from bitwright.costs.choices import Specs
 from bitwright.costs.latencies import measure_machine
@@ -70,13 +71,15 @@ def mix(
     specs = choices_of(start) if choices is None else specs_of(choices)
     timed = "latency" in (*budget.limits(), minimize)
     try:
-        found = mix_model(
-            net, start, list(batches_of(data)), budget, work=work, minimize=minimize, specs=specs, say=_say,
-            judge=None if judge is None else list(batches_of(judge)),
-            score=None if score is None else load_object(score),
-            latency=_pricing(net, start, data, specs, machine, timed=timed),
-            training=_training(training, loss, validation, Schedule(steps=steps, lr=lr)),
-        )  # fmt: skip
+        with bars(console) as progress:
+            found = mix_model(
+                net, start, list(batches_of(data)), budget, work=work, minimize=minimize, specs=specs, say=_say,
+                judge=None if judge is None else list(batches_of(judge)),
+                score=None if score is None else load_object(score),
+                latency=_pricing(net, start, data, specs, machine, progress, timed=timed),
+                training=_training(training, loss, validation, Schedule(steps=steps, lr=lr)),
+                progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; the same command goes on in {work}")
         raise
@@ -108,11 +111,16 @@ def _plan(model: str, data: str, plan: Path | None, preset: str | None, method: 
 
 
 def _pricing(
-    net: nn.Module, plan: Plan, data: str, specs: Specs, machine: str | None, *, timed: bool
+    net: nn.Module, plan: Plan, data: str, specs: Specs, machine: str | None, progress: Progress, *, timed: bool
 ) -> Pricing | None:
     if machine is not None:
         return get_machine(machine)
-    return measure_machine(net, plan, one_item(first_of(data)), specs) if timed else None
+    if not timed:
+        return None
+    item = one_item(first_of(data))
+    return measure_machine(
+        net, plan, item, specs, on_row=lambda key, row, done, total: progress("latency", done, total)
+    )
 
 
 def _training(batches: str | None, loss: str | None, validation: str | None, schedule: Schedule) -> Training | None:

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,12 @@ from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import evaluating
 from bitwright.plan.plan import Plan
+from bitwright.plan.site import Site
 from bitwright.plan.target import spelled
 
 VERSION = 1
 _MOST_COPIES = 64
+_CARE = 10.0  # how much longer the whole model is timed than a layer: its error is in every prediction
 _IDLE = 0.8  # the share of the processor below which a machine is busy
 _EXCESS = 1.25  # layers by themselves over the model that holds them, above which their sums are no prediction
 
@@ -163,48 +165,63 @@ def measure_machine(
     cache: str | Path | None = None,
     precision: float = 0.02,
     seconds: float = 1.0,
-    say: Callable[[str, Timing], None] = lambda key, row: None,
+    on_row: Callable[[str, Timing, int, int], None] = lambda key, row, done, total: None,
 ) -> LatencyTable:
     """Time on this machine what `mixture` needs: layers that ``specs`` select, for each choice, and the whole model.
 
     ``model`` is the float model, ``specs`` maps patterns over the sites of ``plan`` to specs, as in `sensitivity`;
     ``float`` is one. The target of ``plan`` says what runs it, PyTorch or ONNX Runtime. A choice is timed until the
-    standard error of its median is ``precision`` of it, or for ``seconds``. Rows of earlier calls, in the file of this
+    standard error of its median is ``precision`` of it, or for ``seconds``, the whole model for ten times as long, as
+    every prediction rests on it. Rows of earlier calls, in the file of this
     machine in the folder ``cache``, are not timed again; new ones are written there layer by layer, so that the same
-    call goes on after a kill. The number of threads is torch's. Raises `SearchError` for a damaged table, and for sites
-    that are no module of the shipped model; warns where other programs kept the processor busy.
+    call goes on after a kill. The number of threads is torch's. ``on_row(key, row, done, total)`` shows progress.
+    Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model; warns where other
+    programs kept the processor busy.
     """
     path = table_path(cache)
     table = LatencyTable.load(path) if path.exists() else LatencyTable()
-    wanted = spread(plan, specs)
-    work = Workload(model, plan, example, (site.path for site in wanted))
+    sites = spread(plan, specs)
+    work = Workload(model, plan, example, (site.path for site in sites))
+    wanted = list(_wanted(work, model, sites))
+    total = {work.whole}.union(*(rows for _, _, rows in wanted))
 
     def note(
-        keys: Iterable[str], candidates: list[list[Callable[[], object]]], loads: Mapping[str, Load]
+        keys: Iterable[str],
+        candidates: list[list[Callable[[], object]]],
+        loads: Mapping[str, Load],
+        care: float = 1.0,
     ) -> LatencyTable:
-        rows = dict(zip(keys, in_turns(candidates, precision, seconds), strict=True))
+        rows = dict(zip(keys, in_turns(candidates, precision / care, seconds * care), strict=True))
         found = replace(table, rows={**table.rows, **rows}, loads={**table.loads, **loads})
         found.save(path)
-        for key, row in rows.items():
-            say(key, row)
+        for done, (key, row) in enumerate(rows.items(), len(total & table.rows.keys()) + 1):
+            on_row(key, row, done, len(total))
         return found
 
     with evaluating(work.shipped):
         if work.whole not in table.rows:
-            table = note([work.whole], [[whole_run(work.shipped, example, plan.target)]], {})
+            run = whole_run(work.shipped, example, plan.target)
+            table = note([work.whole], [[run]], {}, _CARE)
+    for place, made, rows in wanted:
+        todo = {key: own for key, own in rows.items() if key not in table.rows}
+        if todo:
+            loads = {key: work.load(place, own, made) for key, own in todo.items()}
+            table = note(todo, copies_of(work, place, list(todo.values()), made), loads)
+    _warn_if_busy(table, path)
+    return table
+
+
+def _wanted(
+    work: Workload, model: nn.Module, sites: Mapping[Site, Sequence[str]]
+) -> Iterator[tuple[str, Call, dict[str, Decided]]]:
+    """Each call of each layer, and what is decided there in each of its rows: its choices, the plan's own, float."""
     for place, calls in work.calls.items():
         choices = [
-            {site.slot: spec for site, spec in own.items()} for _, own in combinations(model, plan, place, wanted)
+            {site.slot: spec for site, spec in own.items()} for _, own in combinations(model, work.plan, place, sites)
         ]
         choices += [work.decided(place), dict.fromkeys(work.decided(place))]
         for made in calls:
-            todo = {work.key(place, own, made): own for own in choices}
-            todo = {key: own for key, own in todo.items() if key not in table.rows}
-            if todo:
-                loads = {key: work.load(place, own, made) for key, own in todo.items()}
-                table = note(todo, copies_of(work, place, list(todo.values()), made), loads)
-    _warn_if_busy(table, path)
-    return table
+            yield place, made, {work.key(place, own, made): own for own in choices}
 
 
 def _warn_if_busy(table: LatencyTable, path: Path) -> None:

@@ -131,15 +131,15 @@ def sensitivity(
     loss: Loss | None = None,
     forward: Forward = call,
     work: str | Path | None = None,
-    say: Callable[[Harm], None] = lambda row: None,
+    on_row: Callable[[Harm, int, int], None] = lambda row, done, total: None,
 ) -> Sensitivity:
     """Harm of each of ``specs`` at the sites that its pattern selects, alone; ``plan`` gives observers, folds, steps.
 
     ``model`` is the float model, ``loss(model, batch)`` the mean over the items of a batch. ``float`` is a spec too; it
     does no harm. Sites that share a quantizer count as one, under the name of their leader. With ``work`` rows are
-    written there one by one, and the same call goes on after the last. Raises `SearchError` for fewer than two batches
-    (no standard error), an unknown method, a loss that is missing or not finite, activations that are not a positional
-    argument of their module, and a file of another search.
+    written there one by one, and the same call goes on after the last. ``on_row(row, done, total)`` shows progress.
+    Raises `SearchError` for fewer than two batches (no standard error), an unknown method, a loss that is missing or
+    not finite, activations that are not a positional argument of their module, and a file of another search.
     """
     batches = list(batches)
     _check(method, loss, batches)
@@ -151,10 +151,11 @@ def sensitivity(
     todo = [(site, text) for site, text in wanted if (str(site), text) not in found.table]
     with evaluating(model):
         measure = CURVATURE.get(method, _Measured(method).harms)
-        for site, text, values in measure(model, plan, batches, todo, loss, forward) if todo else ():
+        rows = measure(model, plan, batches, todo, loss, forward) if todo else ()
+        for done, (site, text, values) in enumerate(rows, len(wanted) - len(todo) + 1):
             row = _row(site, text, values)
             found = replace(found, rows=(*found.rows, row))
-            say(row)
+            on_row(row, done, len(wanted))
             if work is not None:
                 found.save(work)
     table = found.table
