@@ -25,7 +25,8 @@ def test_demo_shows_five_versions_that_ship_what_was_trained(tmp_path):
     assert all(row.parity == "exact" for row in report.rows[1:])
     assert report.rows[3].score >= report.rows[2].score - 0.01
     sizes = {row.name: row.bytes for row in report.rows}
-    assert sizes["w4a4 PTQ"] <= sizes["mixed PTQ"] <= sizes["w8a8 PTQ"] < sizes["float"]
+    assert sizes["mixed PTQ"] <= sizes["w4a4 PTQ"] < sizes["w8a8 PTQ"] < sizes["float"]
+    assert {row.weight for row in report.bits["mixed PTQ"]} - {0, 4, 8, 32}  # W4A4 has these alone
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "mixed" / "model.safetensors").exists()
 

@@ -1,12 +1,13 @@
 """The whole line on real data that scikit-learn carries: handwritten digits, 1,797 images of 8x8 pixels.
 
 A small residual CNN is trained for some seconds, then quantized in four ways. The data is cut into four parts that
-never mix: training (also calibrates), validation (keeps the best QAT state, and steers the mixed plan) and test
+never mix: training (also calibrates), validation (keeps the best QAT state, and judges mixed plans) and test
 (read once per row, at the end).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitwright.algorithms.pipeline import calibrate
-from bitwright.auto import quantize_model
 from bitwright.bench.html import to_html
 from bitwright.bench.measure import Measurement, measure
 from bitwright.bench.report import Report, Row, bits_per_layer, to_markdown, to_table, write_text
 from bitwright.claims.certify import certify
+from bitwright.costs.cost import plan_bytes
 from bitwright.errors import MissingExtraError
 from bitwright.export.onnx import export
 from bitwright.export.parity import parity
 from bitwright.flow.checkpoint import save
 from bitwright.flow.convert import convert
-from bitwright.flow.evaluate import evaluate, item_scores, paired_drop, top1
+from bitwright.flow.evaluate import item_scores, paired_drop, top1
 from bitwright.flow.prepare import prepare
+from bitwright.harm.sensitivity import sensitivity
 from bitwright.plan.plan import Plan
+from bitwright.search.budget import Budget
+from bitwright.search.mixed import choices_of, mixture
+from bitwright.search.mixed_trials import mixed
 from bitwright.train.loop import train
 from bitwright.train.schedule import Schedule
 
@@ -102,11 +107,6 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def right(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """1.0 for every right answer of one (images, labels) batch."""
     return top1(model(batch[0]), batch[1])
-
-
-def log_likelihood(output: Tensor, target: Tensor) -> Tensor:
-    """Log-probability of the right class per item: a score that sees damage before answers change."""
-    return -F.cross_entropy(output, target, reduction="none")
 
 
 def shifted_batches(x: Tensor, y: Tensor, epochs: int, seed: int, size: int = 50) -> Batches:
@@ -184,16 +184,20 @@ def _quantize(model: nn.Module, data: Digits, progress: Progress) -> list[_Versi
         on_step=lambda step, value: progress.advance(task),
     )
     versions.append(_Version("w4a4 QAT", trained, convert(trained)))
-    task = progress.add_task("mixed w4a4 / w8a8", total=1)
-    mixed = quantize_model(
-        model, x[:512].split(128), lambda m: evaluate(m, data.validation, log_likelihood), max_drop=0.01,
-        preset="w4a4", recipes=("nearest", "bias correction", "gptq"),
-    )  # fmt: skip
-    simulated = prepare(model, mixed.plan)
-    calibrate(simulated, x[:512].split(128))
-    versions.append(_Version("mixed PTQ", simulated, mixed.model))
-    progress.advance(task)
+    best = _mixed(model, x[:512].split(128), data.validation[0][0].split(99), progress)
+    versions.append(_Version("mixed PTQ", best, convert(best)))
     return versions
+
+
+def _mixed(model: nn.Module, batches: Sequence[Tensor], judge: Sequence[Tensor], progress: Progress) -> nn.Module:
+    """The calibrated model within the bytes of W4A4 whose weights have 2 to 8 bits by layer, chosen without labels."""
+    plan = Plan.preset("w4a4", model, batches[0][:2], steps=["gptq"])
+    specs, task = choices_of(plan), progress.add_task("mixed PTQ", total=None)
+    harm = sensitivity(
+        model, plan, batches, specs, on_row=lambda row, done, total: progress.update(task, completed=done, total=total)
+    )
+    choices = mixture(model, plan, batches[0][:1], harm)
+    return mixed(model, plan, batches, choices, Budget(bytes=plan_bytes(model, plan)), judge=judge).model
 
 
 def _judge(model: nn.Module, versions: list[_Version], data: Digits, folder: Path, progress: Progress) -> Report:
