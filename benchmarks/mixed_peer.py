@@ -32,6 +32,7 @@ from compressed_resnet20 import WEIGHTS as WIDTHS
 from compressed_resnet20 import stored
 from data import jpeg_cifar10, shared
 from models import CifarResNet
+from ptq_peer import against
 from ptq_resnet20 import CALIBRATION, RECIPES, WEIGHTS, answers, lossless
 from resnet20 import batches_of
 from results import FOLDER, write
@@ -129,21 +130,9 @@ def main() -> None:
                 torch.manual_seed(0)
                 versions = {"bitwright": made, "mct": peer(model, bits, calibration)}
                 found = {who: answers(version, items) for who, version in versions.items()}
-                results[key] = row | compared(wanted, found, labels)
+                results[key] = row | against(wanted, found, labels)
                 write("mixed_peer", results)
             print(key, results[key], flush=True)
-
-
-def compared(wanted: Tensor, found: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """Drops, shares of unchanged answers, and the paired difference of the two."""
-    right = {who: (answer == labels).float() for who, answer in found.items()}
-    row: dict[str, Any] = {}
-    for who, answer in found.items():
-        drop = bw.paired_drop((wanted == labels).float(), right[who])
-        same = (answer == wanted).float().mean().item()
-        row[who] = {"drop": drop.drop, "low": drop.low, "high": drop.high, "same": same}
-    gain = bw.paired_drop(right["bitwright"], right["mct"])
-    return row | {"ahead": {"drop": gain.drop, "low": gain.low, "high": gain.high}}
 
 
 if __name__ == "__main__":

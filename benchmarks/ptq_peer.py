@@ -85,13 +85,18 @@ def compared(model: nn.Module, setting: str, calibration: Tensor, items: list[tu
     ours = bw.convert(calibrated(model, setting, "gptq, bias", calibration)[0])
     torch.manual_seed(0)
     versions = {"bitwright": answers(ours, items), "brevitas": answers(brevitas(model, setting, calibration), items)}
-    right = {name: (found == labels).float() for name, found in versions.items()}
+    return against(wanted, versions, labels)
+
+
+def against(wanted: Tensor, found: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """Drops and shares of unchanged answers of two versions, and by how much the first is ahead."""
+    right = [(answer == labels).float() for answer in found.values()]
     row: dict[str, Any] = {}
-    for name, found in versions.items():
-        drop = bw.paired_drop((wanted == labels).float(), right[name])
-        same = (found == wanted).float().mean().item()
+    for (name, answer), own in zip(found.items(), right, strict=True):
+        drop = bw.paired_drop((wanted == labels).float(), own)
+        same = (answer == wanted).float().mean().item()
         row[name] = {"drop": drop.drop, "low": drop.low, "high": drop.high, "same": same}
-    gain = bw.paired_drop(right["bitwright"], right["brevitas"])
+    gain = bw.paired_drop(*right)
     return row | {"ahead": {"drop": gain.drop, "low": gain.low, "high": gain.high}}
 
 
