@@ -1,6 +1,6 @@
 """The whole line on real data that scikit-learn carries: handwritten digits, 1,797 images of 8x8 pixels.
 
-A small residual CNN is trained for some seconds, then quantized in four ways. The data is cut into four parts that
+A small residual CNN is trained for some seconds, then quantized in four ways. The data is cut into three parts that
 never mix: training (also calibrates), validation (keeps the best QAT state, and judges mixed plans) and test
 (read once per row, at the end).
 """

@@ -171,10 +171,10 @@ def measure_machine(
 
     ``model`` is the float model, ``specs`` maps patterns over the sites of ``plan`` to specs, as in `sensitivity`;
     ``float`` is one. The target of ``plan`` says what runs it, PyTorch or ONNX Runtime. A choice is timed until the
-    standard error of its median is ``precision`` of it, or for ``seconds``, the whole model for ten times as long, as
-    every prediction rests on it. Rows of earlier calls, in the file of this
-    machine in the folder ``cache``, are not timed again; new ones are written there layer by layer, so that the same
-    call goes on after a kill. The number of threads is torch's. ``on_row(key, row, done, total)`` shows progress.
+    standard error of its median is ``precision`` of it, or for ``seconds``; the whole model, on which every prediction
+    rests, to a tenth of that ``precision`` and for ten times ``seconds`` at most. Rows of earlier calls, in the file of
+    this machine in the folder ``cache``, are not timed again; new ones are written there layer by layer, so that the
+    same call goes on after a kill. The number of threads is torch's. ``on_row(key, row, done, total)`` shows progress.
     Raises `SearchError` for a damaged table, and for sites that are no module of the shipped model; warns where other
     programs kept the processor busy.
     """
