@@ -42,7 +42,17 @@ def bound(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
             "int8",
         ),
         *("mxfp4", "nvfp4", "nf4/group32/scale(int8/group45)", "kmeans4/channel", "kmeans2/group32", "quantile3"),
-        *("int16/channel", "uint16/group32/asym", "fp8_e4m3/channel", "fp8_e5m2", "apot4/channel", "pot3", "binary"),
+        *(
+            "int16/channel",
+            "uint16/group32/asym",
+            "fp8_e4m3/channel",
+            "fp8_e5m2",
+            "apot4/channel",
+            "pot3",
+            "binary",
+            "midrise2/channel",
+            "midrise3/channel",
+        ),
     ],
 )
 def test_weight_only_linear_stays_within_the_bound(weight: str) -> None:

@@ -20,6 +20,7 @@ SPECS = (
     "int8/channel", "uint8/asym/channel", "int8/group32", "int6/channel", "int4", "int4/channel", "int4/group32",
     "uint4/asym/group32", "int3/channel", "int3/group32", "uint3/asym/group64", "int2/channel", "uint2/asym/group64",
     "ternary/channel", "binary/channel", "nf4/group64", "fp4/group32", "mxfp4", "pot4/channel", "kmeans4",
+    "midrise2/group32", "midrise3/channel",
 )  # fmt: skip
 ISAS = [isa for isa in cpu.ISA if isa == "portable" or isa in cpu.cpu_features()]
 

@@ -19,6 +19,7 @@ from bitwright.numerics.spec import QuantSpec
 SPECS = (
     "int8", "int8/channel", "uint8/channel", "uint8/channel/asym", "int6/channel", "int4", "int4/channel", "int3",
     "int3/channel", "int2/channel", "ternary", "ternary/channel", "binary/channel", "int8/group32", "int4/group8",
+    "midrise2/channel",
     "int4/group32", "uint4/group32/asym", "uint8/group32/asym", "uint8/asym", "int3/group16", "int3/group32",
     "int2/group64", "ternary/group16", "nf4/group64", "fp4/channel", "kmeans3", "kmeans4/channel", "quantile4/group16",
     "fp8_e4m3/channel", "fp16", "bf16", "int16/channel", "uint16/channel/asym", "nf4/group16/scale(int8)", "mxfp4",

@@ -144,7 +144,7 @@ FLOAT_WEIGHTS = (
     *("int8/channel", "int4/group32", "int4/group16", "uint4/group48/asym", "uint8/channel/asym", "int3/channel"),
     *("int2/group32", "ternary/channel", "ternary/group64", "int5", "int6/channel", "int7/group96"),
     *("fp8_e4m3/channel", "fp8_e5m2", "mxfp4", "nvfp4", "nf4/group32/scale(int8/group3)"),
-    *("nf4/channel", "kmeans4/channel", "kmeans2/group32", "quantile3", "apot4/channel", "pot3", "binary"),
+    *("nf4/channel", "kmeans4/channel", "kmeans2/group32", "quantile3", "apot4/channel", "pot3", "binary", "midrise2"),
 )
 
 

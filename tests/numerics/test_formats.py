@@ -21,7 +21,7 @@ def test_unsigned_formats_start_at_zero(bits):
     assert (fmt.bits, fmt.qmin, fmt.qmax) == (bits, 0, 2**bits - 1)
 
 
-TABLES = {"binary", "nf4", "fp4", "pot3", "pot4", "pot5", *(f"apot{b}" for b in range(3, 8))}
+TABLES = {"binary", "midrise2", "midrise3", "nf4", "fp4", "pot3", "pot4", "pot5", *(f"apot{b}" for b in range(3, 8))}
 FITTED = {f"{fit}{b}" for fit in ("kmeans", "quantile") for b in range(2, 9)}
 FLOATS = {"fp8_e4m3", "fp8_e5m2", "e8m0", "fp16", "bf16"}
 

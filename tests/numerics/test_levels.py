@@ -38,13 +38,31 @@ def test_apot_uses_every_code_of_its_magnitude(bits):
     assert list(FORMATS[f"apot{bits + 1}"].codebook) == [-v for v in levels[:0:-1]] + list(levels)
 
 
+def test_mid_rise_levels_are_odd_numbers():
+    assert FORMATS["midrise2"].codebook == (-3, -1, 1, 3)
+    assert FORMATS["midrise3"].codebook == (-7, -5, -3, -1, 1, 3, 5, 7)
+    assert look_up(encode(torch.zeros(1), QuantSpec.parse("midrise2"), ONE), FORMATS["midrise2"]).tolist() == [-1]
+
+
+@pytest.mark.parametrize(("bits", "spacing", "error"), [(2, 0.9957, 0.1188), (3, 0.5860, 0.03744)])
+def test_mid_rise_levels_have_the_published_errors_of_a_normal_tensor(bits, spacing, error):
+    """Max 1960, table II: the best spacing of 2^bits even levels, and its mean squared error."""
+    x, spec = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)), QuantSpec.parse(f"midrise{bits}")
+    found = [simulate(x, spec, QParams(torch.tensor([spacing / 2 * by]))) for by in (1, 0.95, 1.05)]
+    errors = [(values - x).square().mean().item() for values in found]
+    assert errors[0] == pytest.approx(error, rel=0.005)
+    assert errors[0] < min(errors[1:])
+
+
 def test_powers_of_two_halve_down_from_one_and_hold_zero():
     assert power_of_two(3) == (0, 2**-6, 2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 1)
     assert FORMATS["pot4"].codebook == signed(power_of_two(3))
     assert len(FORMATS["pot5"].codebook) == 31
 
 
-@pytest.mark.parametrize("name", ["fp4", "nf4", "pot3", "pot4", "pot5", "apot3", "apot4", "apot5", "apot7", "binary"])
+@pytest.mark.parametrize(
+    "name", ["fp4", "nf4", "pot3", "pot4", "pot5", "apot3", "apot4", "apot5", "apot7", "binary", "midrise2", "midrise3"]
+)
 def test_the_nearest_level_equals_a_search_over_all_levels(name):
     fmt = FORMATS[name]
     table = torch.tensor(fmt.codebook)
@@ -54,7 +72,7 @@ def test_the_nearest_level_equals_a_search_over_all_levels(name):
     assert ((found.double() - x.double()).abs() - distance.min(1).values).abs().max() < 2e-7 * fmt.largest
 
 
-@pytest.mark.parametrize("name", ["fp4", "nf4", "pot4", "apot6", "binary", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["fp4", "nf4", "pot4", "apot6", "binary", "midrise2", "fp8_e4m3", "fp8_e5m2"])
 def test_every_level_is_its_own_code_under_any_scale(name):
     spec, params = QuantSpec.parse(name), QParams(torch.tensor([0.375]))
     fmt = spec.format

@@ -25,7 +25,13 @@ def squared_error(x: Tensor, text: str, observer: str) -> float:
     return (simulate(x, spec(text), weight_qparams(x, spec(text), observer)) - x).double().square().sum().item()
 
 
-GAUSSIAN = {"ternary": 7.21, "int2": 8.26, "int4": 19.26}  # the others: test_observer.py
+GAUSSIAN = {
+    "ternary": 7.21,
+    "int2": 8.26,
+    "midrise2": 9.25,
+    "midrise3": 14.27,
+    "int4": 19.26,
+}  # the others: test_observer.py
 
 
 @pytest.mark.parametrize("name", GAUSSIAN)

@@ -22,23 +22,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from bitwright.costs.choices import Specs
 from bitwright.errors import SearchError
 from bitwright.flow.digest import digest
 from bitwright.graph.dataflow import call, evaluating
-from bitwright.harm import fisher, hessian_harm
-from bitwright.harm.alone import Activations, Forward, Weights
+from bitwright.harm import fisher, hessian_harm, measured
+from bitwright.harm.alone import Forward
+from bitwright.harm.measured import Loss
 from bitwright.plan.plan import Plan, read_spec
 from bitwright.plan.site import Site, matching
 from bitwright.plan.target import spelled
@@ -52,8 +51,6 @@ METHODS = {
 }
 MEASURED = ("loss", "kl")
 CURVATURE = {"fisher": fisher.harms, "hessian": hessian_harm.harms}
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +147,7 @@ def sensitivity(
     found = replace(found, rows=(*found.rows, *(Harm(*each, 0.0, 0.0) for each in floats)))
     todo = [(site, text) for site, text in wanted if (str(site), text) not in found.table]
     with evaluating(model):
-        measure = CURVATURE.get(method, _Measured(method).harms)
+        measure = CURVATURE.get(method, partial(measured.harms, method))
         rows = measure(model, plan, batches, todo, loss, forward) if todo else ()
         for done, (site, text, values) in enumerate(rows, len(wanted) - len(todo) + 1):
             row = _row(site, text, values)
@@ -210,8 +207,7 @@ def harm_of_whole(
     if method in CURVATURE:
         raise SearchError(f"{method} is no harm of a whole model; measure kl, loss or sqnr")
     _check(method, loss, batches)
-    see = _losses(loss) if method == "loss" and loss is not None else _outputs(forward)
-    compare = {"loss": _rise, "sqnr": _noise, "kl": _divergence}[method]
+    see, compare = measured.seeing(method, loss, forward), measured.comparing(method)
     with torch.no_grad(), evaluating(model):
         base = [see(model, batch) for batch in batches]
 
@@ -221,68 +217,3 @@ def harm_of_whole(
         return torch.tensor(values, dtype=torch.float64)
 
     return harm, METHODS[method]
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """Methods that run each candidate on all batches."""
-
-    method: str
-
-    def harms(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        batches: Sequence[Any],
-        todo: Sequence[tuple[Site, str]],
-        loss: Loss | None,
-        forward: Forward,
-    ) -> Iterator[tuple[Site, str, Tensor]]:
-        """One value per batch for each site and spec."""
-        harm, _ = harm_of_whole(model, batches, self.method, loss, forward)
-        hidden = [(site, text) for site, text in todo if not site.is_weight]
-        with torch.no_grad():
-            activations = Activations(model, plan, hidden, batches, forward) if hidden else None
-            weights = Weights(model, plan, batches, forward)
-            for site, text in todo:
-                with _alone(site, text, weights, activations) as changed:
-                    yield site, text, harm(changed)
-
-
-@contextmanager
-def _alone(site: Site, text: str, weights: Weights, activations: Activations | None) -> Iterator[nn.Module]:
-    if activations is None or site.is_weight:
-        yield weights.alone(site, text)
-    else:
-        with activations.alone(site, text) as changed:
-            yield changed
-
-
-def _losses(loss: Loss) -> Callable[[nn.Module, Any], list[Tensor]]:
-    return lambda model, batch: [loss(model, batch).detach().double()]
-
-
-def _outputs(forward: Forward) -> Callable[[nn.Module, Any], list[Tensor]]:
-    def see(model: nn.Module, batch: Any) -> list[Tensor]:
-        leaves = tree_leaves(forward(model, batch))
-        return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-    return see
-
-
-def _rise(before: list[Tensor], after: list[Tensor]) -> float:
-    return (after[0] - before[0]).item()
-
-
-def _noise(before: list[Tensor], after: list[Tensor]) -> float:
-    noise = sum((a - b).square().sum().item() for a, b in zip(before, after, strict=True))
-    return noise / max(sum(b.square().sum().item() for b in before), 1e-300)
-
-
-def _divergence(before: list[Tensor], after: list[Tensor]) -> float:
-    """Mean over items (all axes but the last) of KL of the softmaxes, summed over outputs."""
-    total = 0.0
-    for old, new in zip(before, after, strict=True):
-        p, q = (F.log_softmax(x.flatten(0, -2), -1) for x in (old, new))
-        total += F.kl_div(q, p, reduction="batchmean", log_target=True).item()
-    return total

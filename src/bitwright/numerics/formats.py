@@ -8,7 +8,7 @@ Kinds, told apart by three fields:
 kind     examples                         value of code ``q`` (before scale) stored as
 ======== ================================ ================================== ==================
 integer  int8, uint4, int16, ternary      ``q``                              bit stream of ``q - qmin``
-table    nf4, fp4, binary, pot4, apot4    ``codebook[q]``                    bit stream of ``q``
+table    nf4, fp4, midrise2, pot4, apot4 ``codebook[q]``                    bit stream of ``q``
 fitted   kmeans4, quantile4               entry ``q`` of a table that was    bit stream of ``q``, and the table
                                           fitted to the tensor
 float    fp8_e4m3, fp8_e5m2               the float itself                   one byte
@@ -105,6 +105,7 @@ FORMATS: dict[str, Format] = {
         _table("binary", 1, levels.BINARY, ties_even=True),  # 0 takes +1, as sign(0) in BWN (Rastegari 2016)
         _table("nf4", 4, levels.NF4),
         _table("fp4", 4, levels.E2M1, ties_even=True),
+        *(_table(f"midrise{bits}", bits, levels.mid_rise(bits)) for bits in (2, 3)),
         *(_table(f"pot{bits}", bits, levels.signed(levels.power_of_two(bits - 1))) for bits in range(3, 6)),
         *(_table(f"apot{bits}", bits, levels.signed(levels.additive_power_of_two(bits - 1))) for bits in range(3, 8)),
         *(

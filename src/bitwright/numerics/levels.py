@@ -53,6 +53,18 @@ def additive_power_of_two(bits: int) -> tuple[float, ...]:
     return tuple(value / sums[-1] for value in sums)
 
 
+def mid_rise(bits: int) -> tuple[float, ...]:
+    """The ``2**bits`` odd numbers around zero, ascending: evenly spaced levels, the nearest ones half a step from zero.
+
+    At 2 bits a normal tensor loses 0.119 of its power, against 0.149 with the levels -2, -1, 0, 1 (Max 1960, table II;
+    trained weights: SEQ of ParetoQ, Liu 2025, section 3.2).
+
+    >>> mid_rise(2)
+    (-3.0, -1.0, 1.0, 3.0)
+    """
+    return tuple(float(odd) for odd in range(1 - (1 << bits), 1 << bits, 2))
+
+
 def signed(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
     """Ascending levels of both signs, 0 once.
 
