@@ -141,7 +141,7 @@ def measured(name: str, case: Case, limits: list[float], seconds: float) -> dict
     """Predicted and measured latency, and what the scores lose against the widest plan, for each allocation."""
     found = allocations(choices(name, case, seconds), case, limits)
     models = [shipped(case, bw.with_allocation(case.plan, one)) for one in found.values()]
-    timings = in_turns([[partial(call, one, case.example)] for one in models], 0.005, 10 * seconds)
+    timings = in_turns([[partial(call, one, case.example)] for one in models], 0.002, 30 * seconds)
     scores, rows = [case.scores(one) for one in models], {}
     widest = next(iter(found.values()))
     for (label, one), timed, score in zip(found.items(), timings, scores, strict=True):

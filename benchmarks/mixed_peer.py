@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
-from compressed_resnet20 import WEIGHTS as WIDTHS
 from compressed_resnet20 import stored
 from data import jpeg_cifar10, shared
 from models import CifarResNet
@@ -38,6 +37,8 @@ from resnet20 import batches_of
 from results import FOLDER, write
 
 EPOCHS, STEPS = 4, RECIPES["gptq, ranges, repair"]
+BITS = (8, 6, 5, 4, 3, 2)
+WIDTHS = {name: [f"int{bits}/channel" for bits in BITS] for name in ("*conv*.weight", "linear.weight")}
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
@@ -66,7 +67,7 @@ def peer(model: nn.Module, bits: float, calibration: Tensor) -> nn.Module:
     base, default = (
         config.clone_and_edit(activation_quantization_method=QuantizationMethod.UNIFORM) for config in (base, default)
     )
-    widths = [base.clone_and_edit(attr_to_edit={KERNEL_ATTR: {WEIGHTS_N_BITS: n}}) for n in (8, 6, 5, 4, 3, 2)]
+    widths = [base.clone_and_edit(attr_to_edit={KERNEL_ATTR: {WEIGHTS_N_BITS: n}}) for n in BITS]
     target = tpc.generate_tpc(default, base, widths, "cpu")
 
     def images() -> Iterator[list[Tensor]]:
