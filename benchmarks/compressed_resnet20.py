@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import nn
 import bitwright as bw
 from bitwright.costs.choices import module_at
 from bitwright.costs.cost import plan_bytes, site_bytes
+from bitwright.harm.sensitivity import Sensitivity
 from bitwright.plan.site import Site
 from mixed_resnet20 import CALIBRATION, VALIDATION
 from qat_resnet20 import Batch, Images, load, loss_with
@@ -43,10 +45,20 @@ def allocated(model: nn.Module, images: Images, factor: float) -> tuple[bw.Plan,
     fixed = plan_bytes(model, plan) - stored(model, plan, weights)
     batches = list(images.calibration.split(64))
     harm = bw.sensitivity(model, plan, batches, WEIGHTS, work=FOLDER / "compressed_resnet20_harm.json")
+    for bits in (2, 3):
+        ratio = harm_ratio(harm, f"midrise{bits}", f"int{bits}")
+        print(f"harm of midrise{bits} over that of int{bits}: {ratio:.2f}, geometric mean of {len(harm.sites)} layers")
     choices = bw.mixture(model, plan, images.calibration[:1], harm)
     found = choices.allocate(bw.Budget(bytes=fixed + floats / factor))
     mixed = bw.with_allocation(plan, found, f"least harm at a factor of {factor}")
     return mixed, floats / stored(model, mixed, weights)
+
+
+def harm_ratio(harm: Sensitivity, one: str, other: str) -> float:
+    """Harm of one format over that of another, geometric mean over layers."""
+    table = harm.table
+    ratios = [table[site, f"{one}/channel"].harm / table[site, f"{other}/channel"].harm for site in harm.sites]
+    return statistics.geometric_mean(ratios)
 
 
 def stored(model: nn.Module, plan: bw.Plan, weights: list[Site]) -> int:
