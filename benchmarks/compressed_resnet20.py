@@ -102,6 +102,7 @@ def trained_float(
         number += 1
         if saved is not None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "number": number}
+            saved.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, part := saved.with_suffix(".part"))
             part.replace(saved)
     return model.eval()
