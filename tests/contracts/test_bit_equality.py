@@ -14,7 +14,10 @@ from bitwright.plan.plan import Plan
 from models import Conv1dNet, Mlp, ResidualCnn, image, with_statistics
 from nets import FEATURES, calibrated, layer_plan, layers_of, one_thread, trained, unequal_kernels  # noqa: F401
 
-WEIGHTS = ["int8/channel", "int4/channel", "int3/channel", "int2/channel", "ternary/channel", "int6", "int8"]
+WEIGHTS = [
+    *("int8/channel", "int4/channel", "int3/channel", "int2/channel", "ternary/channel", "int6", "int8"),
+    *("midrise2/channel", "midrise3"),
+]
 STATIC = ["uint8/asym", "uint8", "int8", "uint4/asym", "int4"]
 LINEAR_INPUTS = [*STATIC, "int8/token/dynamic", "uint8/asym/dynamic", "int8/dynamic", "uint8/token/asym/dynamic"]
 CONV_INPUTS = [*STATIC, "uint8/asym/dynamic", "int8/dynamic"]
@@ -46,7 +49,18 @@ GROUPED_INPUTS = ["int8/token/dynamic", "uint8/token/asym/dynamic", "int8/dynami
 
 
 @pytest.mark.parametrize("input", GROUPED_INPUTS)
-@pytest.mark.parametrize("weight", ["int8/group32", "int4/group32", "int4/group128", "int3/group64", "ternary/group16"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "int8/group32",
+        "int4/group32",
+        "int4/group128",
+        "int3/group64",
+        "ternary/group16",
+        "midrise2/group32",
+        "midrise3/group32",
+    ],
+)
 def test_trained_linear_with_groups_equals_shipped(weight: str, input: str) -> None:
     for outputs, shape in ((7, (6,)), (37, (2, 3))):
         layer = nn.Linear(384, outputs)

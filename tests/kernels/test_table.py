@@ -130,7 +130,7 @@ def test_the_explanation_gives_one_reason_for_every_row() -> None:
     assert reasons["conv/reference"] == "needs an integer input"
     assert reasons["conv/decode"] == "taken"
     reasons = dict(explain("linear", QuantSpec.parse("nf4/channel"), spec("int8"), (8, 16), ALL))
-    assert reasons["linear/avx2"] == "needs integer formats of at most 8 bits"
+    assert reasons["linear/avx2"] == "needs whole numbers of at most 8 bits"
     reasons = dict(explain("linear", QuantSpec.parse("int8/group8"), spec("int8"), (8, 16), ALL))
     assert reasons["linear/avx2"] == "needs symmetric weights with one scale per tensor or output"
     assert reasons["linear/groups/avx512_vnni"] == "taken"

@@ -13,6 +13,8 @@ from bitwright.errors import KernelError, NumericsError
 from bitwright.kernels import cpu
 from bitwright.kernels.operators import address, register
 from bitwright.kernels.reference import not_integers
+from bitwright.kernels.row import product_codes
+from bitwright.kernels.unpack import product_bits
 from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QuantSpec
 
@@ -22,8 +24,8 @@ _LARGEST_GROUP = 65536  # int32 accumulators hold products of a byte with a sign
 
 
 def layout_bits(spec: QuantSpec) -> int:
-    """Width of the native layout that holds a format's codes: groups that hold no whole unit of 3 bits take 4."""
-    width = next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
+    """As `product_bits`, but groups that hold no whole unit of 3 bits take 4."""
+    width = product_bits(spec)
     return 4 if width == 3 and spec.granularity.size % _UNITS[3] else width
 
 
@@ -36,7 +38,7 @@ def unsigned(weight: QuantSpec) -> bool:
     >>> unsigned(QuantSpec.parse("uint8/channel")), unsigned(QuantSpec.parse("int8/channel"))
     (True, False)
     """
-    return weight.format.qmin >= 0
+    return (weight.format.integer or weight.format).qmin >= 0
 
 
 def refuses(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, ...]) -> str:
@@ -65,7 +67,7 @@ def pack(weight: QTensor, with_sums: bool = True) -> tuple[Tensor, Tensor, Tenso
 
     Activations that are symmetric and fit a signed byte have no use for the sums.
     """
-    codes, scale = weight.codes.to(torch.int8).contiguous(), weight.qparams.scale
+    codes, scale = product_codes(weight).to(torch.int8).contiguous(), weight.qparams.scale
     sums = lanes(codes.unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=torch.int32)) if with_sums else None
     return cpu.pack_linear(codes, layout_bits(weight.spec)), lanes(scale.float()), sums
 

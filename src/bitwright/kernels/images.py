@@ -17,7 +17,7 @@ from bitwright.errors import KernelError
 from bitwright.kernels import cpu
 from bitwright.kernels.reference import Geometry
 from bitwright.kernels.row import Activation, Packed
-from bitwright.kernels.unpack import layout_bits
+from bitwright.kernels.unpack import product_bits
 from bitwright.numerics.spec import QuantSpec
 
 
@@ -82,7 +82,7 @@ class Filters(NamedTuple):
 def filters_of(packed: Packed, weight: QuantSpec, bias: Tensor | None, encoding: Encoding, g: Geometry) -> Filters:
     """A layer's constants, gathered once."""
     shape = (packed.scale.numel(), *g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups)
-    return Filters((*shape, layout_bits(weight), *encoding), (packed.layout, packed.scale, packed.sums, bias))
+    return Filters((*shape, product_bits(weight), *encoding), (packed.layout, packed.scale, packed.sums, bias))
 
 
 def convolve(

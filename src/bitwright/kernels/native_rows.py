@@ -10,10 +10,20 @@ from torch import Tensor
 from bitwright.kernels import cpu, decoded, grouped, images
 from bitwright.kernels.operators import call
 from bitwright.kernels.reference import Geometry
-from bitwright.kernels.row import Activation, Kernel, Packed, anything, decoded_input, integers_only, pack_codes
-from bitwright.kernels.unpack import layout_bits, unpack_conv, unpack_linear
+from bitwright.kernels.row import (
+    Activation,
+    Kernel,
+    Packed,
+    anything,
+    decoded_input,
+    integers_only,
+    pack_codes,
+    pack_products,
+    product_codes,
+)
+from bitwright.kernels.unpack import layout_bits, product_bits, unpack_conv, unpack_linear
 from bitwright.numerics.affine import live_qparams
-from bitwright.numerics.qtensor import QTensor, pack_rows
+from bitwright.numerics.qtensor import QTensor
 from bitwright.numerics.spec import QParams, QuantSpec
 
 # int32 accumulators hold K products of a byte with a signed byte up to here.
@@ -36,14 +46,14 @@ def _offset(input: QuantSpec | None) -> bool:
 
 
 def _pack_linear(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
-    codes, bits = weight.codes.to(torch.int8), layout_bits(weight.spec)
+    codes, bits = product_codes(weight).to(torch.int8), product_bits(weight.spec)
     layout = cpu.pack_linear(codes.contiguous(), bits)
     sums = codes.sum(1, dtype=torch.int32) if bits == 8 or _offset(input) else None
     return Packed(layout, _per_output(weight), sums=sums)
 
 
 def _unpack_linear(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
-    return pack_rows(unpack_linear(packed.layout, layout_bits(spec), shape[0], shape[1]), spec)
+    return pack_products(unpack_linear(packed.layout, product_bits(spec), shape[0], shape[1]), spec)
 
 
 def _output_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
@@ -52,16 +62,16 @@ def _output_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> 
 
 
 def _pack_conv(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
-    codes = weight.codes.to(torch.int8)
+    codes = product_codes(weight).to(torch.int8)
     codes = codes.unsqueeze(2) if codes.dim() == 3 else codes
-    layout = cpu.pack_conv(codes.contiguous(), layout_bits(weight.spec), groups)
+    layout = cpu.pack_conv(codes.contiguous(), product_bits(weight.spec), groups)
     return Packed(layout, _per_output(weight), sums=codes.flatten(1).sum(1, dtype=torch.int32))
 
 
 def _unpack_conv(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
     outputs, inputs, height, width = shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
-    codes = unpack_conv(packed.layout, layout_bits(spec), (outputs, inputs, height, width), groups)
-    return pack_rows(codes, spec)
+    codes = unpack_conv(packed.layout, product_bits(spec), (outputs, inputs, height, width), groups)
+    return pack_products(codes, spec)
 
 
 def _per_output(weight: QTensor) -> Tensor:
@@ -75,7 +85,7 @@ def _run_native_linear(
     return call(
         torch.ops.bitwright.linear.default,
         x.float(), packed.layout, packed.scale, packed.sums, bias, *_encoding(x, input),
-        layout_bits(weight), fmt.qmin, fmt.qmax, isa,
+        product_bits(weight), fmt.qmin, fmt.qmax, isa,
     )  # fmt: skip
 
 
@@ -95,7 +105,7 @@ def _pack_grouped(weight: QTensor, groups: int, input: QuantSpec | None = None) 
 
 
 def _unpack_grouped(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
-    return pack_rows(unpack_linear(packed.layout, grouped.layout_bits(spec), shape[0], shape[1]), spec)
+    return pack_products(unpack_linear(packed.layout, grouped.layout_bits(spec), shape[0], shape[1]), spec)
 
 
 def _group_qparams(packed: Packed, spec: QuantSpec, shape: tuple[int, ...]) -> QParams:
@@ -128,7 +138,7 @@ def _run_native_conv(
     return call(
         torch.ops.bitwright.conv2d.default,
         x.float(), packed.layout, packed.scale, packed.sums, bias, qparams.scale, qparams.zero_point,
-        g.kernel_size, g.stride, g.padding, g.dilation, g.groups, layout_bits(weight), spec.format.qmin,
+        g.kernel_size, g.stride, g.padding, g.dilation, g.groups, product_bits(weight), spec.format.qmin,
         spec.format.qmax, isa,
     )  # fmt: skip
 

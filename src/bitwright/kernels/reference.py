@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitwright.numerics.affine import centred, encode, live_qparams
+from bitwright.numerics.codebook import look_up
 from bitwright.numerics.spec import QParams, QuantSpec
 
 EXACT = 2**24  # float32 holds every integer up to here
 
 
 class Codes(NamedTuple):
-    """Integer codes minus their zero point, as float32, with their scale and the largest possible magnitude."""
+    """Integer codes minus their zero point, or whole numbers of a table, as float32; scale and largest magnitude."""
 
     values: Tensor
     scale: Tensor
@@ -51,12 +52,14 @@ class Bags:
 
 
 def largest_code(spec: QuantSpec) -> int:
-    """Largest magnitude of ``code - zero_point``.
+    """Largest magnitude of ``code - zero_point``, or of the whole numbers of a table.
 
-    >>> largest_code(QuantSpec.parse("uint8/asym")), largest_code(QuantSpec.parse("int4/channel"))
-    (255, 8)
+    >>> [largest_code(QuantSpec.parse(text)) for text in ("uint8/asym", "int4/channel", "midrise2/channel")]
+    [255, 8, 3]
     """
     fmt = spec.format
+    if fmt.is_table:
+        return int(fmt.largest)
     return max(-fmt.qmin, fmt.qmax) if spec.symmetric else fmt.qmax - fmt.qmin
 
 
@@ -64,7 +67,8 @@ def codes_of(x: Tensor, spec: QuantSpec, qparams: QParams | None) -> Codes:
     """Encode ``x``; without ``qparams`` (dynamic specs) they come from ``x`` itself."""
     if qparams is None:
         qparams = live_qparams(x, spec)
-    values = centred(encode(x, spec, qparams), qparams.zero_point)
+    codes = encode(x, spec, qparams)
+    values = look_up(codes, spec.format) if spec.format.is_table else centred(codes, qparams.zero_point)
     return Codes(values, qparams.scale, largest_code(spec))
 
 
@@ -83,12 +87,12 @@ def not_integers(weight: QuantSpec, input: QuantSpec | None) -> str:
     """Why these operands are decoded and not multiplied as integer codes; empty where they are integers (contract C2).
 
     >>> not_integers(QuantSpec.parse("int16/channel"), QuantSpec.parse("int8"))
-    'needs integer formats of at most 8 bits'
+    'needs whole numbers of at most 8 bits'
     """
     if input is None:
         return "needs an integer input"
-    if not all(spec.format.is_integer and spec.format.bits <= 8 for spec in (weight, input)):
-        return "needs integer formats of at most 8 bits"
+    if weight.format.integer is None or not input.format.is_integer or max(weight.format.bits, input.format.bits) > 8:
+        return "needs whole numbers of at most 8 bits"
     if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel", "group"):
         return "needs symmetric weights with scales per tensor, channel or group"
     return "needs scales in float32" if weight.scale is not None else ""

@@ -19,6 +19,8 @@ from bitwright.kernels.row import (
     held_codes,
     integers_only,
     pack_codes,
+    pack_integers,
+    unpack_integers,
 )
 from bitwright.numerics.affine import decode
 from bitwright.numerics.packing import unpack
@@ -39,7 +41,7 @@ def _codes(x: Tensor, input: Activation) -> Codes:
 
 
 def _integer_weight(packed: Packed, weight: QuantSpec) -> Codes:
-    return Codes(held_codes(packed, weight).float(), packed.scale, largest_code(weight))
+    return Codes(packed.layout.float(), packed.scale, largest_code(weight))
 
 
 def _decoded_weight(packed: Packed, weight: QuantSpec) -> Tensor:
@@ -112,23 +114,27 @@ def _reference_matmul(a: Tensor, b: Tensor, left: Activation, right: Activation)
 
 
 _NONE: frozenset[str] = frozenset()
+_BYTES = "one byte per code"
+
+
+def _integer_row(op: str, run: Product) -> Kernel:
+    return Kernel(f"{op}/reference", op, _NONE, _BYTES, integers_only, pack_integers, run, unpack_integers)
 
 
 def _volume_rows(op: str, integer: Product, decoding: Product) -> tuple[Kernel, Kernel]:
-    code, exact, loose = "one byte per code", partial(_integer_volume, integer), partial(_decoding_volume, decoding)
-    row = Kernel(f"{op}/reference", op, _NONE, code, integers_only, pack_codes, exact)
-    return row, Kernel(f"{op}/decode", op, _NONE, code, anything, pack_codes, loose)
+    exact, loose = partial(_integer_volume, integer), partial(_decoding_volume, decoding)
+    return _integer_row(op, exact), Kernel(f"{op}/decode", op, _NONE, _BYTES, anything, pack_codes, loose)
 
 
 INTEGER_ROWS = (
-    Kernel("linear/reference", "linear", _NONE, "one byte per code", integers_only, pack_codes, _integer_linear),
-    Kernel("conv/reference", "conv", _NONE, "one byte per code", integers_only, pack_codes, _integer_conv),
+    _integer_row("linear", _integer_linear),
+    _integer_row("conv", _integer_conv),
     *_volume_rows("conv3d", reference.conv3d, reference.float_conv3d),
     *_volume_rows("conv_transpose", reference.conv_transpose, reference.float_conv_transpose),
 )
 DECODING_ROWS = (
-    Kernel("linear/decode", "linear", _NONE, "one byte per code", anything, pack_codes, _decoding_linear),
-    Kernel("conv/decode", "conv", _NONE, "one byte per code", anything, pack_codes, _decoding_conv),
+    Kernel("linear/decode", "linear", _NONE, _BYTES, anything, pack_codes, _decoding_linear),
+    Kernel("conv/decode", "conv", _NONE, _BYTES, anything, pack_codes, _decoding_conv),
     Kernel("embedding/gather", "embedding", _NONE, "rows as in files", anything, _pack_rows, _gather, _packed_rows),
 )
 OPERATION_ROWS = (

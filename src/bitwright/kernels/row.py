@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitwright.kernels.reference import codes_of, not_integers
 from bitwright.numerics.affine import simulate
+from bitwright.numerics.codebook import look_up, nearest_code
 from bitwright.numerics.qtensor import QTensor, pack_rows
 from bitwright.numerics.spec import QParams, QuantSpec
 
@@ -45,6 +46,29 @@ def pack_codes(weight: QTensor, groups: int, input: QuantSpec | None = None) -> 
         dtype = (torch.int16 if signed else torch.int32) if wide else torch.int8 if signed else torch.uint8
         layout = weight.codes.to(dtype)
     return Packed(layout, qparams.scale, qparams.zero_point, codebook=qparams.codebook)
+
+
+def product_codes(weight: QTensor) -> Tensor:
+    """The whole numbers that integer kernels multiply, in the weight's shape: its codes, or the levels of its table."""
+    return look_up(weight.codes, weight.spec.format) if weight.spec.format.is_table else weight.codes
+
+
+def pack_products(products: Tensor, spec: QuantSpec) -> Tensor:
+    """The packed bytes of a weight from its `product_codes`."""
+    fmt = spec.format
+    return pack_rows(nearest_code(products.float(), fmt) if fmt.is_table else products, spec)
+
+
+def pack_integers(weight: QTensor, groups: int, input: QuantSpec | None = None) -> Packed:
+    """`product_codes`, one byte each; float32 scales."""
+    if not weight.spec.format.is_table:
+        return pack_codes(weight, groups, input)
+    return Packed(product_codes(weight).to(torch.int8), weight.qparams.scale)
+
+
+def unpack_integers(packed: Packed, spec: QuantSpec, shape: tuple[int, ...], groups: int) -> Tensor:
+    """The packed bytes of a weight that `pack_integers` laid out."""
+    return pack_products(packed.layout, spec)
 
 
 def held_codes(packed: Packed, spec: QuantSpec) -> Tensor:

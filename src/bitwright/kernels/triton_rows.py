@@ -28,6 +28,8 @@ def _no_integers(weight: QuantSpec, input: QuantSpec | None, shape: tuple[int, .
     if reason := integers_only(weight, input, shape):
         return reason
     assert input is not None
+    if weight.format.is_table:
+        return "needs integer weights"
     if weight.format.qmax > 127:
         return "needs weights that fit a signed byte"
     if input.granularity.kind not in ("tensor", "token"):

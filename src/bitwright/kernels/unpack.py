@@ -19,6 +19,16 @@ def layout_bits(spec: QuantSpec) -> int:
     return next(bits for bits in (2, 3, 4, 8) if bits >= spec.format.bits)
 
 
+def product_bits(spec: QuantSpec) -> int:
+    """Width of the native layout that holds what integer kernels multiply (`product_codes`): 8, 4, 3 or 2 bits.
+
+    >>> product_bits(QuantSpec.parse("int2/channel")), product_bits(QuantSpec.parse("midrise2/channel"))
+    (2, 3)
+    """
+    fmt = spec.format.integer or spec.format
+    return next(bits for bits in (2, 3, 4, 8) if bits >= fmt.bits)
+
+
 def unpack_linear(layout: Tensor, bits: int, n: int, k: int) -> Tensor:
     """The codes that `cpu.pack_linear` laid out: int8 ``[n, k]``; a layout of other sizes raises `KernelError`."""
     try:

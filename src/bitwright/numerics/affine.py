@@ -171,7 +171,7 @@ def decode(codes: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
 
 
 class _ValueSTE(torch.autograd.Function):
-    """Forward the second argument, send the gradient to the first (straight-through for tables)."""
+    """Forward the second argument, send the gradient to the first."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, value: Tensor) -> Tensor:
@@ -182,6 +182,11 @@ class _ValueSTE(torch.autograd.Function):
         return grads[0], None
 
 
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, whose gradient goes to ``x`` unchanged."""
+    return _ValueSTE.apply(x, value)  # type: ignore[no-any-return]
+
+
 def simulate(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     """``decode(encode(x))`` with its straight-through gradient (elsewhere called fake quantization).
 
@@ -189,7 +194,7 @@ def simulate(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     tensor([0.5000, 3.5000])
     """
     value = decode(encode(x, spec, qparams), spec, qparams)
-    return _ValueSTE.apply(x, value) if spec.format.is_table else value  # type: ignore[no-any-return]
+    return straight_through(x, value) if spec.format.is_table else value
 
 
 def centred(codes: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -65,6 +65,21 @@ class Format:
         return bool(self.codebook or self.fit)
 
     @property
+    def integer(self) -> Format | None:
+        """The integer format whose codes are this format's values before the scale; None where some are fractions.
+
+        Integer kernels multiply values; a table may need one bit more for them than for its indices.
+
+        >>> [str(FORMATS[name].integer) for name in ("int8", "midrise2", "midrise3", "nf4")]
+        ['int8', 'int3', 'int4', 'None']
+        """
+        if self.is_integer:
+            return self
+        if not self.codebook or not all(level.is_integer() for level in self.codebook):
+            return None
+        return FORMATS[f"int{int(self.largest).bit_length() + 1}"]
+
+    @property
     def is_scaled(self) -> bool:
         """Whether values are multiplied by a scale; formats as wide as fp16 need none."""
         return self.dtype in (None, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bitwright.numerics.affine import align, centred, encode, simulate
+from bitwright.numerics.affine import align, centred, encode, simulate, straight_through
+from bitwright.numerics.codebook import look_up
 from bitwright.numerics.spec import QParams, QuantSpec
 
 Rule = Literal["none", "lsq", "lsq+", "pact"]
@@ -53,7 +54,7 @@ def codes_with_gradient(
     """Centred codes of ``x`` (`affine.encode` minus the zero point), differentiable in x, ``scale`` and ``offset``.
 
     ``scale`` and ``offset`` are the parameters behind ``qparams`` (None where not learned); the shapes are those of
-    the spec's granularity.
+    the spec's granularity. Of a table these are its levels, differentiable in x alone, clipped or not.
 
     >>> x, s = torch.tensor([-5.0, -1.3, 0.74, 9.0]), torch.tensor([0.5], requires_grad=True)
     >>> spec, learning = QuantSpec.parse("int4"), Learning("lsq")
@@ -61,7 +62,16 @@ def codes_with_gradient(
     >>> (codes * 0.5).sum().backward(); round(s.grad.item(), 2)
     -1.88
     """
+    if spec.format.is_table:
+        return _levels(x, spec, qparams)
     return _Codes.apply(x, scale, offset, spec, qparams, learning)  # type: ignore[no-any-return]
+
+
+def _levels(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
+    blocks = spec.granularity.blocks(x) if spec.granularity.kind == "group" else x
+    steps = blocks.float() / align(qparams, spec, x)[0]
+    levels = look_up(encode(x, spec, qparams), spec.format, qparams.codebook)
+    return straight_through(steps, levels.view(steps.shape)).view(x.shape)
 
 
 def simulated(
