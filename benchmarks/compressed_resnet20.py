@@ -1,10 +1,10 @@
 """Docs claim: ResNet20 whose weights take a thirteenth of their float bytes, against float training of the same length.
 
 Formats of all weights, from 2 to 8 bits by layer, are allocated exactly by the harm of GPTQ's codes on 512 training
-images (KL divergence, no labels); activations stay in float. Then both, the mixed model and the float one, are trained
-alike (`qat_resnet20`: distilled from the float start, flips and shifts; rates from 0.04 down) on 47,488 JPEG training
-images, and their last states compared: the float start has learned all training images, so that a score on some would
-speak for states near it. The 10,000 test images are read once. Both trainings are kept in results/compressed_resnet20
+images (KL divergence, no labels); inputs and residual adds have 8. Then both, the mixed model and the float one, are
+trained alike (`qat_resnet20`: distilled from the float start, flips and shifts; rates from 0.04 down) on 47,488 JPEG
+training images, and their last states compared: the float start has learned all training images, so that a score on
+some would speak for states near it. The 10,000 test images are read once. Both trainings are kept in results/compressed_resnet20
 and go on there after a kill; with ``--only`` two processes train one each, and a last call takes both. Prints and
 writes results/compressed_resnet20.json.
 
@@ -41,7 +41,8 @@ IMAGES, BATCH = 50_000 - CALIBRATION - VALIDATION, 128
 def allocated(model: nn.Module, images: Images, factor: float) -> tuple[bw.Plan, float]:
     """The plan of least harm whose weights, scales included, have 1 / ``factor`` of their float bytes; that factor."""
     narrowest = {name: specs[0] for name, specs in WEIGHTS.items()}
-    plan = bw.Plan.preset("w4a16", model, images.calibration[:2], sites=narrowest, steps=["gptq"])
+    sites = {**narrowest, "linear.input": "uint8/asym"}
+    plan = bw.Plan.preset("w8a8", model, images.calibration[:2], sites=sites, steps=["gptq"])
     weights = [site for site in plan.sites if site.is_weight]
     floats = sum(site_bytes(module_at(model, site.path), "weight", None) for site in weights)
     fixed = plan_bytes(model, plan) - stored(model, plan, weights)

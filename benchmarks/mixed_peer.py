@@ -2,7 +2,7 @@
 
 Model Compression Toolkit: its integer program over {8, 6, 5, 4, 3, 2} bits, then its gradient-based calibration of 4
 epochs, weights symmetric per channel, activations in 8 bits, per tensor, with zero points. bitwright: the exact
-allocation over the same widths by the harm of GPTQ's codes, then ``gptq``, ``ranges``, ``affine_repair``. Both may give
+allocation over these and ``midrise`` by the harm of GPTQ's codes, then ``gptq``, ``ranges``, ``affine_repair``. Both may give
 every layer any width; an average counts codes of all weights, 512 images calibrate, no labels. The published weights,
 calibrated on lossless images, and those fine-tuned on JPEG images; 10,000 JPEG test images, read once per row. Drops
 are paired with the float model, the last column with each other. Harm is kept in results/mixed_peer_<weights>.json,
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.costs.cost import plan_bytes
+from compressed_resnet20 import WEIGHTS as WIDTHS
 from compressed_resnet20 import stored
 from data import jpeg_cifar10, shared
 from models import CifarResNet
@@ -38,7 +39,6 @@ from results import FOLDER, write
 
 EPOCHS, STEPS = 4, RECIPES["gptq, ranges, repair"]
 BITS = (8, 6, 5, 4, 3, 2)
-WIDTHS = {name: [f"int{bits}/channel" for bits in BITS] for name in ("*conv*.weight", "linear.weight")}
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
@@ -89,7 +89,7 @@ def peer(model: nn.Module, bits: float, calibration: Tensor) -> nn.Module:
 
 def ours(model: nn.Module, name: str, bits: float, calibration: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     """The model allocated and calibrated by bitwright; its widths by layer and their average."""
-    sites = {"*conv*.weight": "int2/channel", "linear.weight": "int2/channel", "linear.input": "uint8/asym"}
+    sites = {**{name: specs[0] for name, specs in WIDTHS.items()}, "linear.input": "uint8/asym"}
     plan = bw.Plan.preset("w8a8", model, calibration[:2], sites=sites, steps=STEPS)
     kept = FOLDER / f"mixed_peer_{name}.json"
     harm = bw.sensitivity(model, plan, list(calibration.split(64)), WIDTHS, work=kept)
@@ -103,7 +103,7 @@ def ours(model: nn.Module, name: str, bits: float, calibration: Tensor) -> tuple
     prepared = bw.prepare(model, mixed)
     bw.calibrate(prepared, calibration.split(64))
     average = 2 + 8 * (stored(model, mixed, weights) - narrowest) / count
-    row = {"bits": {site: int(spec[3]) for site, spec in found.sites.items()}, "average": average}
+    row = {"formats": found.sites, "average": average}
     return bw.convert(prepared), row
 
 

@@ -154,7 +154,7 @@ def test_one_group_is_one_scale_per_output(name: str) -> None:
         ("int4/group64", "int8", "needs several scales per output"),
         ("int2/group8", "int8", "groups of 8 are no multiple of 16 inputs"),
         ("int3/group12", "int8", "groups of 12 are no multiple of 8 inputs"),
-        ("nf4/group32", "int8", "needs integer formats"),
+        ("nf4/group32", "int8", "needs whole numbers"),
         ("int4/group32", None, "needs an integer input"),
         ("int4/group32/scale(int8)", "int8", "needs scales in float32"),
     ],

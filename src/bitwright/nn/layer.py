@@ -130,7 +130,9 @@ class QLayer(Simulated):
         assert quantize_input is not None
         assert quantize_weight is not None
         x, flat = x.float(), geometry is not None and weight.dim() == 3
-        if weight.dim() < 5 and training.serves(x, weight, quantize_input.spec, quantize_weight.spec):
+        if weight.dim() < 5 and training.serves(x, weight, quantize_input.spec, quantize_weight.product_spec):
+            if quantize_weight.spec.format.is_table:
+                weight = quantize_weight.simulate(weight)  # codes of the integer format now, times the scale
             operands = quantize_input.operand(x), quantize_weight.operand(weight)
             return training.product(x, weight.unsqueeze(2) if flat else weight, bias, *operands, geometry)
         filters = quantize_weight(weight)

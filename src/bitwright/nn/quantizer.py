@@ -205,13 +205,19 @@ class Quantizer(nn.Module):
         values = codes_with_gradient(x, self.spec, qparams, self.learning(x), self.scale, self.offset)
         return Codes(values, qparams.scale, largest_code(self.spec))
 
+    @property
+    def product_spec(self) -> QuantSpec:
+        """The spec whose codes integer kernels multiply: its own, or that of the values of a table of whole numbers."""
+        fmt = self.spec.format
+        return replace(self.spec, format=fmt.integer) if fmt.is_table and fmt.integer is not None else self.spec
+
     def operand(self, x: Tensor) -> Operand:
-        """How ``x`` enters a product of integers, for the training kernels."""
+        """How ``x`` enters a product of integers, for the training kernels; of a table, how its values do."""
         self.track(x)
         qparams = self.qparams or live_qparams(x, self.spec)
         learning = self.learning(x)
         learned = (None, None) if learning.rule == "none" else (self.scale, self.offset)
-        return Operand(self.spec, qparams, learning, *learned)
+        return Operand(self.product_spec, qparams, learning, *learned)
 
     def simulate(self, x: Tensor) -> Tensor:
         """Values of the codes of ``x``, for products that are computed in float."""
