@@ -4,9 +4,9 @@ Formats of all weights, from 2 to 8 bits by layer, are allocated exactly by the 
 images (KL divergence, no labels); inputs and residual adds have 8. Then both, the mixed model and the float one, are
 trained alike (`qat_resnet20`: distilled from the float start, flips and shifts; rates from 0.04 down) on 47,488 JPEG
 training images, and their last states compared: the float start has learned all training images, so that a score on
-some would speak for states near it. The 10,000 test images are read once. Both trainings are kept in results/compressed_resnet20
-and go on there after a kill; with ``--only`` two processes train one each, and a last call takes both. Prints and
-writes results/compressed_resnet20.json.
+some would speak for states near it. The 10,000 test images are read once. Both trainings are kept in
+results/compressed_resnet20 and go on there after a kill; with ``--only`` two processes train one each, and a last call
+takes both. Prints and writes results/compressed_resnet20.json.
 
     python benchmarks/compressed_resnet20.py [--factor 13] [--epochs 8] [--seed 0] [--only mixed] [--tiny]
 """

@@ -2,12 +2,12 @@
 
 Model Compression Toolkit: its integer program over {8, 6, 5, 4, 3, 2} bits, then its gradient-based calibration of 4
 epochs, weights symmetric per channel, activations in 8 bits, per tensor, with zero points. bitwright: the exact
-allocation over these and ``midrise`` by the harm of GPTQ's codes, then ``gptq``, ``ranges``, ``affine_repair``. Both may give
-every layer any width; an average counts codes of all weights, 512 images calibrate, no labels. The published weights,
-calibrated on lossless images, and those fine-tuned on JPEG images; 10,000 JPEG test images, read once per row. Drops
-are paired with the float model, the last column with each other. Harm is kept in results/mixed_peer_<weights>.json,
-rows in results/mixed_peer.json, and both are continued. MCT's layers for object detection want torchvision; nothing
-here has any, so names stand in for them.
+allocation over these and ``midrise`` by the harm of GPTQ's codes, then ``gptq``, ``ranges``, ``affine_repair``. Both
+may give every layer any width; an average counts codes of all weights, 512 images calibrate, no labels. The published
+weights, calibrated on lossless images, and those fine-tuned on JPEG images; 10,000 JPEG test images, read once per row.
+Drops are paired with the float model, the last column with each other. Harm is kept in
+results/mixed_peer_<weights>.json, rows in results/mixed_peer.json, and both are continued. MCT's layers for object
+detection want torchvision; nothing here has any, so names stand in for them.
 
     pip install model-compression-toolkit
     python benchmarks/mixed_peer.py [--weights published] [--bits 4 3]
