@@ -95,7 +95,7 @@ def test_one_tensor_is_encoded_once() -> None:
 
 WEIGHTS = [
     f"{name}{kind}"
-    for name in (*INTEGERS, "nf4", "fp4", "binary", "pot5", "apot6", "fp16", "bf16")
+    for name in (*INTEGERS, "nf4", "fp4", "binary", "midrise2", "midrise3", "pot5", "apot6", "fp16", "bf16")
     for kind in ("", "/channel", "/group8")
 ]
 WEIGHTS += [f"{name}{kind}/asym" for name in INTEGERS for kind in ("", "/channel", "/group8")]

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitwright.errors import ExportError
 from bitwright.export.graph import DOMAIN, Lowbit, zero_pads
 from bitwright.export.tidy import zeros_around
-from bitwright.export.writer import Writer, storage
+from bitwright.export.writer import Writer, storage, stored_weight
 from bitwright.lowbit.conv import LowbitConv
 from bitwright.lowbit.elementwise import LowbitAdd
 from bitwright.lowbit.embedding import LowbitEmbedding
@@ -90,7 +90,7 @@ def _write(g: Writer, call: _Call) -> str:
     input = layer.input
     if input is None:
         return _product(g, call, layer, x, exact=False)
-    spec, exact = input.spec, _integer(layer.weight_spec)
+    spec, exact = input.spec, _integer(stored_weight(layer)[0])
     if not spec.format.is_integer:
         raise ExportError(f"{call.path}.input: {spec} has no ONNX form; use uint8/asym or set the site to 'float'")
     if not spec.dynamic:
@@ -143,7 +143,7 @@ def _bias_scale(layer: LowbitConv) -> tuple[Tensor, bool]:
     overflow = bias > _LARGEST_BIAS * layer.input_scale * scale
     if scale.numel() != bias.numel() or not overflow.any():
         return layer.weight_scale, not overflow.any()
-    empty = (layer.weight.codes.flatten(1) == 0).all(1)
+    empty = (stored_weight(layer)[1].flatten(1) == 0).all(1)
     roomy = torch.where(overflow & empty, bias / (layer.input_scale * _ROOMY_BIAS), scale)
     return roomy.view_as(layer.weight_scale), not (overflow & ~empty).any()
 
@@ -216,7 +216,7 @@ def _live_product(g: Writer, call: _Call, layer: LowbitLayer, x: str, spec: Quan
 
 def _embedding(g: Writer, layer: LowbitEmbedding, ids: str, rank: int) -> str:
     """Gather codes and scales of the rows, then decode: DequantizeLinear would decode the whole table every time."""
-    spec, codes = layer.weight_spec, layer.weight.codes
+    spec, codes = stored_weight(layer)
     fmt, grouped = spec.format, spec.granularity.kind == "group"
 
     def rows(name: str, values: Tensor) -> str:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import ExportError
-from bitwright.kernels.row import Activation
+from bitwright.kernels.row import Activation, product_codes
 from bitwright.lowbit.layer import LowbitLayer
 from bitwright.lowbit.linear import LowbitLinear
 from bitwright.numerics.formats import Format
@@ -62,6 +63,14 @@ def type_code(kind: str) -> int:
     from onnx import TensorProto
 
     return TensorProto.DataType.Value(kind)
+
+
+def stored_weight(layer: LowbitLayer) -> tuple[QuantSpec, Tensor]:
+    """The spec and codes that a file holds: the layer's own, or of a table of whole numbers its values as integers."""
+    weight, fmt = layer.weight, layer.weight_spec.format.integer
+    if fmt is None or not weight.spec.format.is_table:
+        return weight.spec, weight.codes
+    return replace(weight.spec, format=fmt), product_codes(weight)
 
 
 def value_name(path: str, name: str) -> str:
@@ -133,8 +142,8 @@ class Writer:
 
     def weight_codes(self, layer: LowbitLayer, *, widened: bool) -> str:
         """The codes as stored (a linear layer's transposed to ``[in, out]``), ``widened`` to 8 bits if asked."""
-        fmt, codes = layer.weight_spec.format, layer.weight.codes
-        codes = codes.T if isinstance(layer, LowbitLinear) else codes
+        spec, codes = stored_weight(layer)
+        fmt, codes = spec.format, codes.T if isinstance(layer, LowbitLinear) else codes
         name = self.constant("weight", codes, storage(fmt))
         if not (widened and storage(fmt).endswith("INT4")):
             return name
@@ -142,7 +151,7 @@ class Writer:
 
     def weight_values(self, layer: LowbitLayer, scale: Tensor, *, widened: bool) -> str:
         """The weight decoded with ``scale``, float32 (a linear layer's as ``[in, out]``)."""
-        spec = layer.weight_spec
+        spec = stored_weight(layer)[0]
         if spec.format.dtype is not None:
             return self.cast(self.weight_codes(layer, widened=False), "FLOAT", "weight_values")
         if spec.format.codebook:
