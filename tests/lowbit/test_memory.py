@@ -138,7 +138,9 @@ def test_a_convolution_holds_what_is_accounted(fmt: str, features: str) -> None:
 
 
 @native
-@pytest.mark.parametrize(("spec", "bits"), [("ternary", 2), ("midrise2", 3), ("midrise3/channel", 4), ("int5", 8)])
+@pytest.mark.parametrize(
+    ("spec", "bits"), [("ternary", 2), ("midrise2", 3), ("midrise3/channel", 4), ("int5", 8), ("int6/channel", 8)]
+)
 def test_convolutions_of_other_formats_take_the_next_width(spec: str, bits: int) -> None:
     shipped = convolution(spec, 64, 1, cpu.cpu_features())
     assert shipped.kernel_layout.numel() == 64 * 64 * 9 * bits // 8
