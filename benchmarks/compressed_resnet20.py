@@ -2,7 +2,7 @@
 
 Formats of all weights, from 2 to 8 bits by layer, are allocated exactly by the harm of GPTQ's codes on 512 training
 images (KL divergence, no labels); inputs and residual adds have 8. Then both, the mixed model and the float one, are
-trained alike (`qat_resnet20`: distilled from the float start, flips and shifts; rates from 0.04 down) on 47,488 JPEG
+trained alike (`qat_resnet20`: distilled from the float start, flips and shifts; rates from 0.02 down) on 47,488 JPEG
 training images, and their last states compared: the float start has learned all training images, so that a score on
 some would speak for states near it. The 10,000 test images are read once. Both trainings are kept in
 results/compressed_resnet20 and go on there after a kill; with ``--only`` two processes train one each, and a last call
@@ -125,7 +125,7 @@ def main() -> None:
     print(f"weights take 1 / {factor:.2f} of their float bytes; {', '.join(formats.values())}", flush=True)
     epoch = epochs_of(images, options.seed)
     steps = options.epochs * (len(images.train[0]) // BATCH)
-    schedule = bw.Schedule(steps=steps, lr=4.0, shares=(0.05, 0.8, 0.15))
+    schedule = bw.Schedule(steps=steps, lr=2.0, shares=(0.05, 0.8, 0.15))
     name = f"{options.factor:g}x, {options.epochs} epochs, seed {options.seed}"
     work = FOLDER / "compressed_resnet20" / name.replace(", ", "_").replace(" ", "")
     saved = None if options.tiny else work.with_name(f"{work.name}_control.pt")
